@@ -153,7 +153,7 @@ class _Part(BaseModel):
         return sized and self.dtype in _DTYPES[self.place]
 
 
-class _Header(BaseModel):
+class Header(BaseModel):
     """The header as it is on the wire; strict, so that one meaning has one encoding."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -162,6 +162,11 @@ class _Header(BaseModel):
     fields: dict[str, str | int | float]
     parts: list[_Part] = Field(max_length=4096)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @property
+    def length(self) -> int:
+        """Bytes of the content."""
+        return sum(part.nbytes for part in self.parts)
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:
@@ -222,12 +227,21 @@ def decode(header: bytes, content: bytes | memoryview) -> Message:
         IntegrityError: if the header is not canonical, names another format, or does not describe the content,
             byte for byte.
     """
-    parsed = _parse(header)
-    content = memoryview(content).cast("B") if len(content) else memoryview(b"")
-    if sum(part.nbytes for part in parsed.parts) != len(content):
-        raise IntegrityError("message: the content's length is not what the header says")
-    if hashlib.sha256(content).hexdigest() != parsed.sha256:
+    parsed = parse(header)
+    if len(content) == parsed.length and hashlib.sha256(content).hexdigest() != parsed.sha256:
         raise IntegrityError("message: the content's SHA-256 is not what the header says")
+    return assemble(parsed, content)
+
+
+def assemble(parsed: Header, content: bytes | memoryview) -> Message:
+    """As `decode`, for a content that was hashed on its way in and found to be the header's.
+
+    Raises:
+        IntegrityError: the content's length is not what the header says.
+    """
+    content = memoryview(content).cast("B") if len(content) else memoryview(b"")
+    if parsed.length != len(content):
+        raise IntegrityError("message: the content's length is not what the header says")
     vectors: dict[str, Vector] = {}
     tables: dict[str, dict[str, NDArray[np.float64]]] = {"statistic": {}, "metric": {}}
     opaque, start = b"", 0
@@ -249,12 +263,16 @@ def decode(header: bytes, content: bytes | memoryview) -> Message:
     return Answer(**fields, payload=payload, metrics=tables["metric"])
 
 
-def _parse(header: bytes) -> _Header:
-    """The header, checked: strict types, known fields, one encoding, sane and unrepeated parts."""
+def parse(header: bytes) -> Header:
+    """The header, checked: strict types, known fields, one encoding, sane and unrepeated parts.
+
+    Raises:
+        IntegrityError: it is not canonical, or of another format.
+    """
     if len(header) > MAX_HEADER:
         raise IntegrityError(f"message: the header has {len(header)} bytes; at most {MAX_HEADER} are read")
     try:
-        parsed = _Header.model_validate_json(header)
+        parsed = Header.model_validate_json(header)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -277,7 +295,7 @@ def _parse(header: bytes) -> _Header:
     return parsed
 
 
-def _check_parts(parsed: _Header) -> None:
+def _check_parts(parsed: Header) -> None:
     places = [(part.place, part.name) for part in parsed.parts]
     if len(set(places)) != len(places):
         raise IntegrityError("message: a part is named twice")

@@ -1,0 +1,55 @@
+"""Private files and folders: written whole, durable, and readable by their owner alone."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from consortium.protocol.errors import InputError
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Put `content` in place of what was at `path`, whole or not at all, mode 0600; it survives a power cut.
+
+    Raises:
+        OSError: the disk is full, read-only, and the like; what was there is untouched then.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: what was created, renamed or removed there."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def private_folder(path: Path) -> Path:
+    """The folder `path`, made with mode 0700 where it is missing, and closed to others where it is not.
+
+    Raises:
+        InputError: it cannot be made or is not ours.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be used as a folder ({error.strerror}); give another one"
+        ) from error
+    return path

@@ -1,0 +1,97 @@
+"""What goes over the network between a site and the server, format 1: routes, limits and the signed frame.
+
+A frame is what an instruction or an answer looks like on its way:
+
+    "CSM1" | length of the header, 4 bytes big-endian | Ed25519 signature, 64 bytes | header | content
+
+The signature is over the header, and the header holds the content's SHA-256 (`protocol/messages.py`), so it covers the
+whole. It is verified before the header is parsed; the content is hashed while it is written to a file.
+
+    POST /v1/poll             {"format", "have", "paused"}; waits; a frame (200) or nothing yet (204)
+    PUT  /v1/answers/NONCE    a frame; 200 taken (also again), 409 another than before, 410 too late
+    GET  /v1/studies/DIGEST   the text of a study file
+    GET  /v1/trust            the keys that sign instructions, signed by the root
+    POST /v1/renew            {"csr"}; a new certificate
+    POST /v1/leave            {}; the site leaves the federation
+
+The enrolment door has GET /v1/root and POST /v1/join. An error is {"error": text} with a 4xx or 5xx.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from consortium.protocol.errors import InputError, IntegrityError
+from consortium.protocol.messages import MAX_HEADER
+from consortium.protocol.signing import SIGNATURE_BYTES
+
+FORMAT = 1
+POLL, ANSWERS, STUDIES, TRUST, RENEW, LEAVE = (
+    "/v1/poll", "/v1/answers/", "/v1/studies/", "/v1/trust", "/v1/renew", "/v1/leave",
+)  # fmt: skip
+ROOT, JOIN = "/v1/root", "/v1/join"
+
+POLL_SECONDS = 25.0
+"""How long the server lets a poll wait before it says "nothing yet"."""
+CHUNK = 1 << 20
+"""Bytes of a content that are in memory at once."""
+MAX_DOCUMENT = 64 * 1024
+"""Bytes of a JSON body, other than frames."""
+NOTICE = "consortium-notice"
+"""A header of the server's answers to polls: words "renew" and "trust=SERIAL", separated by spaces."""
+
+_MAGIC = b"CSM1"
+PREAMBLE = len(_MAGIC) + 4 + SIGNATURE_BYTES
+
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def site_name(text: str) -> str:
+    """A site's name, as it is.
+
+    Raises:
+        InputError: it is not 1 to 63 small letters, digits and inner hyphens (as in a host name).
+    """
+    if _NAME.fullmatch(text) is None:
+        raise InputError(
+            f"site name: got {text[:80]!r}; small letters, digits and hyphens would be right, such as hospital-1"
+        )
+    return text
+
+
+def preamble(header: bytes, signature: bytes) -> bytes:
+    """All of a frame but its content."""
+    assert len(signature) == SIGNATURE_BYTES
+    return _MAGIC + len(header).to_bytes(4, "big") + signature + header
+
+
+def read_preamble(read: Callable[[int], bytes]) -> tuple[bytes, bytes]:
+    """Header and signature of a frame. read: gives exactly so many bytes, fewer only at the end.
+
+    Raises:
+        IntegrityError: it is not a frame of this format, or its header is longer than `MAX_HEADER`.
+    """
+    start = read(PREAMBLE)
+    if len(start) != PREAMBLE or not start.startswith(_MAGIC):
+        raise IntegrityError("the message is no frame of format 1; do both sides run the same version?")
+    length = int.from_bytes(start[4:8], "big")
+    if length > MAX_HEADER:
+        raise IntegrityError(f"message: the header has {length} bytes; at most {MAX_HEADER} are read")
+    header = read(length)
+    if len(header) != length:
+        raise IntegrityError("the message ends in its header")
+    return header, start[8:]
+
+
+def field(document: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
+    """A field of a JSON object from the other side.
+
+    Raises:
+        IntegrityError: it is missing or of another type.
+    """
+    value = document.get(name)
+    if type(value) is not kind:
+        raise IntegrityError(f"field '{name}': {kind.__name__} was expected")
+    return value

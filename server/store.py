@@ -1,0 +1,151 @@
+"""The server's database: SQLite, one file, the only durable truth beside the blobs that it names.
+
+WAL with `synchronous=FULL`: what a transaction committed is there after a power cut. One connection, one lock: the
+server writes little and rarely (joins, states, a commit a round), and a transaction is then plainly serial.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from consortium.protocol.errors import ConsortiumError, IntegrityError
+
+FORMAT = 1
+
+_TABLES = """
+CREATE TABLE sites (              -- the roster: server/roster.py
+    name TEXT PRIMARY KEY,
+    status TEXT NOT NULL,         -- invited, joined, left, revoked
+    identity TEXT NOT NULL,       -- hex of the Ed25519 public key, "" before the first joining
+    since REAL NOT NULL           -- when the status began, seconds since the epoch
+) STRICT;
+CREATE TABLE invitations (
+    site TEXT PRIMARY KEY,
+    secret TEXT NOT NULL,         -- SHA-256 (hex) of the code's secret, never the secret
+    expires REAL NOT NULL,
+    used_by TEXT NOT NULL,        -- the identity that joined by it, "" while it is outstanding
+    request TEXT NOT NULL,        -- SHA-256 (hex) of the request that used it
+    chain TEXT NOT NULL           -- what was given for it (PEM): a repeated request gets it again
+) STRICT;
+CREATE TABLE certificates (
+    fingerprint TEXT PRIMARY KEY, -- SHA-256 (hex) of the DER
+    site TEXT NOT NULL,
+    issued REAL NOT NULL,
+    expires REAL NOT NULL,
+    revoked REAL                  -- when, or NULL
+) STRICT;
+CREATE TABLE tokens (
+    name TEXT PRIMARY KEY,
+    role TEXT NOT NULL,           -- admin, researcher, viewer
+    digest TEXT NOT NULL UNIQUE,  -- SHA-256 (hex) of the token, never the token
+    created REAL NOT NULL
+) STRICT;
+CREATE TABLE studies (            -- server/archive.py
+    name TEXT PRIMARY KEY,
+    digest TEXT NOT NULL,
+    text TEXT NOT NULL,
+    submitted REAL NOT NULL
+) STRICT;
+CREATE TABLE runs (
+    name TEXT PRIMARY KEY,        -- unique for ever, such as breast-cancer.2
+    study TEXT NOT NULL,
+    digest TEXT NOT NULL,         -- the study's, at the start
+    text TEXT NOT NULL,
+    state TEXT NOT NULL,          -- server/archive.py: STATES
+    why TEXT NOT NULL,
+    since REAL NOT NULL,
+    created REAL NOT NULL
+) STRICT;
+CREATE TABLE commits (            -- the last commit of each run
+    run TEXT PRIMARY KEY,
+    round INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    file TEXT NOT NULL,           -- name under checkpoints/
+    sha256 TEXT NOT NULL,
+    at REAL NOT NULL
+) STRICT;
+CREATE TABLE events (             -- what watch shows, in order
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    run TEXT NOT NULL,
+    at REAL NOT NULL,
+    document TEXT NOT NULL
+) STRICT;
+CREATE INDEX events_of_run ON events (run, id);
+"""
+
+
+class Store:
+    """The database in a file, which is made where it is missing. For any number of threads.
+
+    Raises:
+        IntegrityError: it is damaged, or of a format that this version does not know.
+        ConsortiumError: it cannot be opened or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.RLock()
+        path.touch(mode=0o600, exist_ok=True)
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            raise self._error(error) from error
+
+    def _prepare(self) -> None:
+        found = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if found == FORMAT:
+            return
+        if found:
+            raise IntegrityError(
+                f"{self._path}: has format {found}, this version reads {FORMAT}; use the version that wrote it"
+            )
+        self._db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All that is executed within becomes durable together, or none of it where an error leaves the block."""
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._db
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
+            except sqlite3.DatabaseError as error:
+                raise self._error(error) from error
+
+    def rows(self, sql: str, *values: Any) -> list[sqlite3.Row]:
+        """The rows of a query."""
+        with self._lock:
+            try:
+                return self._db.execute(sql, values).fetchall()
+            except sqlite3.DatabaseError as error:
+                raise self._error(error) from error
+
+    def row(self, sql: str, *values: Any) -> sqlite3.Row | None:
+        """The first row of a query, or None."""
+        found = self.rows(sql, *values)
+        return found[0] if found else None
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    def _error(self, error: sqlite3.DatabaseError) -> ConsortiumError:
+        if isinstance(error, sqlite3.OperationalError):
+            return ConsortiumError(
+                f"{self._path}: cannot be written or read ({error}); is the disk full or read-only?"
+            )
+        return IntegrityError(f"{self._path}: is damaged ({error}); restore it from a backup")
