@@ -1,15 +1,15 @@
 """Reducers that are a sum divided by a number: uniform and weighted means, with or without a bound on norms.
 
-The order of sums is that of `consortium.strategies.base`. A block stays a list of references until its last member
-is known; then each piece of the vector runs through all members at once, so that every update is read once and the
-only long array is the sum.
+The order of sums is that of `consortium.strategies.base`. Updates stay references until there are `PENDING` of
+them, or the end comes; then each piece of the vector runs through all of them at once, so that every update is read
+once and the only long array is the sum.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,14 @@ import numpy as np
 from consortium.protocol.errors import InputError
 from consortium.protocol.layout import Vector
 from consortium.strategies.base import BLOCK, BlockSum, Contribution, Reducer, require
-from consortium.strategies.chunks import CACHE_BYTES, on_spans, pieces, plain
+from consortium.strategies.chunks import on_spans, pieces, plain
+
+SUM_BYTES = 1 << 19
+"""Bytes of one vector that are summed at a time: a sum and a product fit a core's second-level cache, and each step
+takes so long that threads seldom meet at the interpreter lock, where one would fall asleep."""
+
+PENDING = 16 * BLOCK
+"""From so many updates on, those that came are summed when a block ends: a pass over the sum for all of them."""
 
 
 def mean() -> Reducer:
@@ -61,16 +68,20 @@ def accumulate(total: Vector, update: Vector, scale: float, scratch: Vector | No
     rounded one after the other (not fused). `scratch`, of the same dtype and at least one number, saves the
     allocation where many small vectors are added.
     """
-    if scale == 1.0:
+    if scratch is None:
+        scratch = np.empty(max(1, min(SUM_BYTES // total.itemsize, total.size)), total.dtype)
+    factor = total.dtype.type(scale)
+    for piece in pieces(0, total.size, scratch.size):
+        _add_product(total[piece], update[piece], factor, scratch[: piece.stop - piece.start])
+
+
+def _add_product(total: Vector, update: Vector, factor: Any, product: Vector) -> None:
+    """total += factor * update; `product`, of the same size, is written over."""
+    if factor == 1.0:
         np.add(total, update, total)
         return
-    if scratch is None:
-        scratch = np.empty(max(1, min(CACHE_BYTES // total.itemsize, total.size)), total.dtype)
-    factor = np.array(scale, total.dtype)
-    for piece in pieces(0, total.size, scratch.size):
-        part, product = total[piece], scratch[: piece.stop - piece.start]
-        np.multiply(update[piece], factor, product)
-        np.add(part, product, part)
+    np.multiply(update, factor, product)
+    np.add(total, product, total)
 
 
 def include(
@@ -109,7 +120,10 @@ def block_sum(reducer: Reducer, contributions: Iterable[Contribution]) -> BlockS
 
 
 class _Running(NamedTuple):
-    """The sum, divisor and number of members of the blocks before `block`, and that block's members so far."""
+    """The sum, divisor and number of members of what was summed, and the last block that was begun.
+
+    pending: contributions that come after what was summed, in slot order.
+    """
 
     total: Vector
     divisor: float
@@ -129,45 +143,56 @@ def _summing(
     def add(state: _Running, item: Contribution | BlockSum) -> _Running:
         if isinstance(item, Contribution):
             block = item.slot // BLOCK
-            if block != state.block:
-                assert block > state.block, "contributions come in slot order"
-                state = flush(state)._replace(block=block)
-            return state._replace(pending=(*state.pending, item))
+            assert block >= state.block, "contributions come in slot order"
+            if block > state.block and len(state.pending) >= PENDING:
+                state = flush(state)
+            return state._replace(block=block, pending=(*state.pending, item))
         assert item.block > state.block, "blocks come in order"
         state = flush(state)
         np.add(state.total, item.total, state.total)
         return _Running(state.total, state.divisor + item.weight, state.members + item.count, item.block, ())
 
     def flush(state: _Running) -> _Running:
-        _add_block(state.total, [(plain(c.update), scale(c)) for c in state.pending])
-        # One after the other as in `include`: sum() would compensate for rounding.
-        divisor = functools.reduce(lambda sum_, c: sum_ + weight(c), state.pending, 0.0)
-        members = state.members + len(state.pending)
-        return _Running(state.total, state.divisor + divisor, members, state.block, ())
+        blocks = [list(members) for _, members in groupby(state.pending, lambda c: c.slot // BLOCK)]
+        of = state.total.dtype.type
+        _add_blocks(state.total, [[(plain(c.update), of(scale(c))) for c in members] for members in blocks])
+        divisor = state.divisor
+        for members in blocks:
+            part = 0.0
+            for member in members:  # as in `include`: sum() would compensate for rounding
+                part += weight(member)
+            divisor += part
+        return _Running(state.total, divisor, state.members + len(state.pending), state.block, ())
 
     def finish(state: _Running) -> Vector:
         total, divisor, members, *_ = flush(state)
         if members == 0:
             raise InputError("a mean needs at least one update")
-        np.divide(total, np.array(divisor, total.dtype), total)
+        by = np.array(divisor, total.dtype)
+        on_spans(lambda start, stop: np.divide(total[start:stop], by, total[start:stop]), total.size)
         return total
 
     return Reducer(init, add, finish, sensitivity, scale=scale, weight=weight)
 
 
-def _add_block(total: Vector, members: list[tuple[Vector, float]]) -> None:
-    """total += sum over the members of scale * update, that sum made first, in order, starting from zeros."""
-    if not members:
-        return
-    step = CACHE_BYTES // total.itemsize
+def _add_blocks(total: Vector, blocks: Sequence[Sequence[tuple[Vector, Any]]]) -> None:
+    """total += each block's sum of factor * update, that sum made first, in order; factors have the dtype of `total`.
+
+    `total` holds sums that began with zeros, so none of its numbers is -0.0. That is why a block's sum may begin with
+    its first product: it differs from one that begins with zeros only where it is -0.0.
+    """
+    step = SUM_BYTES // total.itemsize
 
     def work(start: int, stop: int) -> None:
         sums, products = np.empty((2, min(step, stop - start)), total.dtype)
         for piece in pieces(start, stop, step):
-            block = sums[: piece.stop - piece.start]
-            block.fill(0)
-            for update, scale in members:
-                accumulate(block, update[piece], scale, products)
-            np.add(total[piece], block, total[piece])
+            long = piece.stop - piece.start
+            part, block, product = total[piece], sums[:long], products[:long]
+            for (first, factor), *others in blocks:
+                np.multiply(first[piece], factor, block)
+                for update, factor in others:
+                    _add_product(block, update[piece], factor, product)
+                np.add(part, block, part)
 
-    on_spans(work, total.size)
+    if blocks:
+        on_spans(work, total.size)

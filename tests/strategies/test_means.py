@@ -149,8 +149,17 @@ def test_pieces_and_threads_change_no_bit(name: str, dtype: str, monkeypatch: py
     ]
     np.testing.assert_array_equal(reduced(reducer, blocks, size, dtype), expected)
     monkeypatch.setattr(chunks, "SPAN", 100_003)
-    monkeypatch.setattr(means, "CACHE_BYTES", 9_999 * 8)
+    monkeypatch.setattr(means, "SUM_BYTES", 9_999 * 8)
+    monkeypatch.setattr(means, "PENDING", 1)
     np.testing.assert_array_equal(reduced(reducer, parts, size, dtype), expected)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_zeros_have_one_sign(summed: bool) -> None:
+    """Updates of nothing but -0.0 give 0.0, summed here or where they were made."""
+    parts = contributions([np.full(3, -0.0, np.float32)] * 2, [2.0, 1.0])
+    found = reduced(weighted_mean(), [block_sum(weighted_mean(), parts)] if summed else parts, 3, "float32")
+    assert found.tobytes() == np.zeros(3, np.float32).tobytes()
 
 
 def test_threads_are_used() -> None:
