@@ -92,6 +92,7 @@ def test_pieces_and_threads_change_no_bit(
     updates = np.random.default_rng(0).standard_normal((9, 20_011)).astype(dtype)
     at_once = reduced(reducer, updates)
     monkeypatch.setattr(chunks, "SPAN", 3_001)
+    monkeypatch.setattr(robust, "GATHER_BYTES", 9 * 8 * 407)
     monkeypatch.setattr(robust, "SORT_BYTES", 9 * 8 * 101)
     assert reduced(reducer, updates).tobytes() == at_once.tobytes()
 
