@@ -28,7 +28,7 @@ from consortium.server.clients import Block
 from consortium.server.tally import judge
 from consortium.simulations.faults import Fault, deliver
 from consortium.strategies.base import BLOCK, BlockSum, Contribution, Strategy
-from consortium.strategies.means import include
+from consortium.strategies.means import follow, include
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,32 @@ def joined(shares: Sequence[Share]) -> Share:
             getattr(whole, name).extend(getattr(share, name))
         whole.left_out.update(share.left_out)
     return whole
+
+
+class Sums:
+    """Block sums of one exchange, folded into one as soon as all before them are: few wait, however many there are.
+
+    whole: the sum over the blocks so far, by segment.
+    """
+
+    def __init__(self) -> None:
+        self.whole: dict[Kind, BlockSum] = {}
+        self._waiting: dict[int, Mapping[Kind, BlockSum]] = {}
+        self._next = 0
+
+    def add(self, number: int, sums: Mapping[Kind, BlockSum]) -> list[int]:
+        """Take block `number`, empty where all its members were left out; each once, in any order.
+
+        Returns the numbers of the blocks that are folded now, and whose arrays may be used again.
+        """
+        self._waiting[number] = sums
+        folded = []
+        while self._next in self._waiting:
+            for kind, one in self._waiting.pop(self._next).items():
+                self.whole[kind] = follow(self.whole.get(kind), one)
+            folded.append(self._next)
+            self._next += 1
+        return folded
 
 
 Store = Callable[[Kind, int, Vector], None]

@@ -10,7 +10,7 @@ from consortium.protocol.layout import Kind, Vector
 from consortium.protocol.messages import Answer, Instruction
 from consortium.server.admission import Gate
 from consortium.server.clients import Block
-from consortium.simulations.host import Host, Question, World, block, blocks_of
+from consortium.simulations.host import Host, Question, Share, Sums, World, block, blocks_of
 
 
 class Inline:
@@ -36,8 +36,9 @@ class Inline:
     def answers(self, deadline: float) -> Iterator[Answer | Block]:
         question = self._question
         assert question is not None
-        summed = self._world.strategy.reducer.scale is not None
-        for slots in blocks_of(len(question.cohort)):
+        summed = question.instruction.kind == "train" and self._world.strategy.reducer.scale is not None
+        totals = Sums()
+        for number, slots in enumerate(blocks_of(len(question.cohort))):
             kept: dict[int, dict[str, Vector]] = {slot: {} for slot in slots}
 
             def store(
@@ -46,7 +47,10 @@ class Inline:
                 kept[slot][kind] = update
 
             share, sums = self._host.serve(question, slots, None if summed else store)
-            yield block(question.instruction, self._name, share, sums, kept)
+            totals.add(number, sums)
+            yield block(question.instruction, self._name, share, {}, kept)
+        if summed:
+            yield block(question.instruction, self._name, Share(), totals.whole, {})
 
     def _name(self, slot: int) -> str:
         assert self._question is not None

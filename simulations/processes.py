@@ -5,8 +5,9 @@ memory are not copied. It holds one model, which it overwrites for each client i
 lie in shared memory; pipes carry ranges of slots one way and a few numbers a client the other way.
 
 Whole blocks of the cohort are dealt out and summed where they are made. What would leave a process idle at the end,
-fewer blocks than processes, is dealt out slot by slot, put into shared memory and summed here. A worker that is done
-takes from the one that has most left. None of this changes a bit: sums are always made block by block, in slot order.
+fewer blocks than processes, is dealt out slot by slot, put into shared memory and summed here. A worker that is done,
+or far ahead, takes from the one that is farthest behind, so that few sums wait for one before them. None of this
+changes a bit: sums are always made block by block, in slot order, and added up in block order.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ from consortium.protocol.layout import Kind, Vector
 from consortium.protocol.messages import Answer, Instruction, Payload
 from consortium.server.admission import Gate
 from consortium.server.clients import Block
-from consortium.simulations.host import Host, Question, Share, World, block, blocks_of, joined
+from consortium.simulations.host import Host, Question, Share, Sums, World, block, blocks_of, joined
 from consortium.simulations.shared import Vault, shared_array
 from consortium.strategies.base import BLOCK, BlockSum, Contribution
 from consortium.strategies.means import block_sum
 
 AHEAD = 2
 """Tasks that a worker has at hand, the one it is at included: it need not wait for the next."""
+
+LEAD = 16
+"""Blocks by which a worker may be ahead of another before it helps that one: sums wait for those before them."""
 
 _PR_SET_PDEATHSIG = 1
 _FORK = multiprocessing.get_context("fork")
@@ -50,8 +54,8 @@ _FORK = multiprocessing.get_context("fork")
 class Areas:
     """What this process and its workers share.
 
-    model: the vectors asked about, by kind. rows: (sites, size) by kind: a block's sum at its first slot's row, or a
-    slot's update at its own. cohort, admitted: as in `Question`, of which the first slots are in use.
+    model: the vectors asked about, by kind. rows: (sites, size) by kind: a block's sum at the row that its task names,
+    or a slot's update at the slot's own. cohort, admitted: as in `Question`, of which the first slots are in use.
     """
 
     model: Mapping[Kind, Vector]
@@ -75,10 +79,11 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Task:
-    """Slots of one block to serve; `summed`: they are the whole block and only its sum is kept."""
+    """Slots of one block to serve; `summed`: they are the whole block and only its sum is kept, at `row`."""
 
     slots: range
     summed: bool
+    row: int = -1
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,9 @@ class Processes:
         self._index = {name: index for index, name in enumerate(world.population.names)}
         self._exchange: Exchange | None = None
         self._summed = False
+        self._sums = Sums()
+        self._rows: dict[int, int] = {}  # of blocks that are summed and not folded yet
+        self._free: list[int] = []
         self._selector = selectors.DefaultSelector()
         self._workers: list[Worker] = []
         for _ in range(count):
@@ -183,6 +191,8 @@ class Processes:
         """Whole blocks as far as every worker gets the same number of them, then slot by slot."""
         blocks, count = list(blocks_of(slots)), len(self._workers)
         whole = slots // BLOCK // count * count
+        self._sums, self._rows = Sums(), {}
+        self._free = list(range(whole))[::-1]  # none is a row of a slot that is served by itself
         tasks = [Task(one, self._summed) for one in blocks[:whole]]
         tasks += [Task(range(slot, slot + 1), False) for one in blocks[whole:] for slot in one]
         for number, task in enumerate(tasks):
@@ -198,6 +208,9 @@ class Processes:
                 self._feed(key.data)
                 if task is not None:
                     yield from self._taken(task, done, parts)
+        if self._summed:
+            assert self._exchange is not None
+            yield block(self._exchange.instruction, self._name, Share(), self._sums.whole, {})
 
     def _next(self, worker: Worker) -> tuple[Task | None, Done]:
         """The task that the worker has done, or that died with it; None where it died idle."""
@@ -218,16 +231,22 @@ class Processes:
         return worker.at_hand.popleft(), result
 
     def _feed(self, worker: Worker) -> None:
-        """Send the worker its next tasks, or the last ones of the worker that has most left."""
+        """Send the worker its next tasks, or those of the worker that is farthest behind; the one used last of the free
+        rows is used next, so that few are ever written."""
         while len(worker.at_hand) < AHEAD:
-            own, theirs = worker.ahead, max((other.ahead for other in self._workers), key=len)
-            if not own and not theirs:
+            own = worker.ahead
+            waiting = [other.ahead for other in self._workers if other.ahead]
+            if not waiting:
                 return
-            task = own[0] if own else theirs[-1]
-            last_block = len(task.slots) > 1 and not (len(own) > 1 and len(own[1].slots) > 1)
-            if worker.at_hand and last_block:
+            behind = min(waiting, key=lambda tasks: tasks[0].slots.start)
+            near = own and own[0].slots.start - behind[0].slots.start <= LEAD * BLOCK
+            tasks = own if near else behind
+            more = tasks is own and len(own) > 1 and len(own[1].slots) > 1
+            if worker.at_hand and len(tasks[0].slots) > 1 and not more:
                 return  # whoever is free first takes it
-            task = own.popleft() if own else theirs.pop()
+            task = tasks.popleft()
+            if task.summed and task.row < 0:
+                task = replace(task, row=self._free.pop())
             worker.at_hand.append(task)
             _send(worker, task)
 
@@ -237,13 +256,17 @@ class Processes:
         instruction, slots, rows = self._exchange.instruction, task.slots, self._areas.rows
         number = slots.start // BLOCK
         if task.summed:
-            sums = {k: BlockSum(number, rows[k][slots.start], w, n) for k, (w, n) in done.sums.items()}
-            yield block(instruction, self._name, done.share, sums, {})
+            self._rows[number] = task.row
+            sums = {k: BlockSum(number, rows[k][task.row], w, n) for k, (w, n) in done.sums.items()}
+            self._fold(number, sums)
+            yield block(instruction, self._name, done.share, {}, {})
         elif self._summed:
             have = parts.setdefault(number, [])
             have.append(done.share)
             if len(have) == min(BLOCK, self._exchange.slots - number * BLOCK):
-                yield self._summed_here(instruction, parts.pop(number))
+                share = joined(parts.pop(number))
+                self._fold(number, self._summed_here(share))
+                yield block(instruction, self._name, share, {}, {})
         else:
             kinds = self._world.kinds if instruction.kind == "train" else ()
             vectors: dict[int, dict[str, Vector]] = {
@@ -251,15 +274,19 @@ class Processes:
             }
             yield block(instruction, self._name, done.share, {}, vectors)
 
-    def _summed_here(self, instruction: Instruction, shares: list[Share]) -> Block:
-        """A block that was served slot by slot."""
-        share = joined(shares)
+    def _fold(self, number: int, sums: Mapping[Kind, BlockSum]) -> None:
+        for folded in self._sums.add(number, sums):
+            if folded in self._rows:
+                self._free.append(self._rows.pop(folded))
+
+    def _summed_here(self, share: Share) -> dict[Kind, BlockSum]:
+        """The sums of a block that was served slot by slot."""
         sums: dict[Kind, BlockSum] = {}
         for kind, rows in self._areas.rows.items() if share.slots else ():
             columns = zip(share.slots, share.weights, share.norms, strict=True)
             members = [Contribution(slot, rows[slot], weight, norm) for slot, weight, norm in columns]
             sums[kind] = block_sum(self._world.strategy.reducer, members)
-        return block(instruction, self._name, share, sums, {})
+        return sums
 
     def _name(self, slot: int) -> str:
         return self._world.population.names[int(self._areas.cohort[slot])]
@@ -335,5 +362,5 @@ def _done(host: Host, areas: Areas, question: Question, task: Task) -> Done | Fa
     except ConsortiumError as error:
         return Failed(str(error), "".join(traceback.format_exception(error)))
     for kind, one in sums.items():
-        areas.rows[kind][task.slots.start] = one.total
+        areas.rows[kind][task.row] = one.total
     return Done(share, {kind: (one.weight, one.count) for kind, one in sums.items()})

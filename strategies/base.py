@@ -46,11 +46,13 @@ class Contribution:
 
 @dataclass(frozen=True)
 class BlockSum:
-    """The sum over one block, made where the updates were made (`means.include`, `means.block_sum`).
+    """The sum over one block, made where the updates were made (`means.include`, `means.block_sum`), or over all blocks
+    from the first to one (`means.follow`).
 
-    block: slot // BLOCK of its members.
-    total: sum of `Reducer.scale` * update over the block's members in slot order, starting from zeros.
-    weight: sum of the members' `Reducer.weight` in slot order: their part of what the whole sum is divided by.
+    block: slot // BLOCK of its (last) members.
+    total: sum of `Reducer.scale` * update over a block's members in slot order, starting from zeros; of blocks, the sum
+        of these in order, starting from zeros.
+    weight: sum of the members' `Reducer.weight` in the same order: their part of what the whole sum is divided by.
     count: how many members were summed.
     """
 

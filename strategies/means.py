@@ -119,6 +119,19 @@ def block_sum(reducer: Reducer, contributions: Iterable[Contribution]) -> BlockS
     return partial
 
 
+def follow(before: BlockSum | None, one: BlockSum) -> BlockSum:
+    """The sum over the blocks of `before` and then `one`; `before` is None, or the sum over all blocks before it.
+
+    A reducer makes the same bits of this as of the blocks one by one. The arrays of `before` are used again: keep
+    only what is returned. `one` is not referred to afterwards.
+    """
+    if before is None:
+        before = BlockSum(-1, np.zeros_like(one.total), 0.0, 0)
+    assert one.block > before.block, "blocks come in order"
+    np.add(before.total, one.total, before.total)
+    return BlockSum(one.block, before.total, before.weight + one.weight, before.count + one.count)
+
+
 class _Running(NamedTuple):
     """The sum, divisor and number of members of what was summed, and the last block that was begun.
 

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from consortium.simulations.simulation import (
     population_of,
     simulate,
 )
+from consortium.strategies.base import BLOCK
 from consortium.strategies.chosen import strategy_of
 
 HERE = Path(__file__).parent
@@ -169,6 +171,29 @@ def test_every_runtime_gives_the_same_bits(name: str) -> None:
     plain = name_of(by_answer(study, 41, FAULTS))
     for processes in (0, 1, 2, 3):
         assert name_of(simulate(study, sites=sources(41), faults=FAULTS, processes=processes)) == plain
+
+
+def test_few_sums_wait_though_one_worker_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one of two workers needs much longer, the other helps: the bits stay, and of 48 blocks few wait."""
+    monkeypatch.setattr("consortium.simulations.processes.LEAD", 2)
+    names = [f"s{i:03}" for i in range(48 * BLOCK)]
+    plain = simulate(toy(rounds=1), sites=[Source(name) for name in names], processes=0)
+    slow = [i // BLOCK % 2 == 0 for i in range(len(names))]  # these blocks are dealt to the first worker
+    sites = [
+        Source(name, table=partial(time.sleep, 0.003) if late else None)
+        for name, late in zip(names, slow, strict=True)
+    ]
+    with one_thread():
+        study = toy(rounds=1)
+        task, strategy = task_of(study), strategy_of(study)
+        net = start(study, task, strategy.local)
+        world = World(study, task, strategy, net, population_of(sites), schedule)
+        plan = Plan(study, strategy, net.layout, net.vector("shared"), prepares=task.prepares)
+        with Processes(world, 2) as clients:
+            outcome = run(plan, clients, InMemory(), clock=time.time, rng=random.Random(study.seed))
+            written = clients._areas.rows["shared"].any(axis=1).sum()
+    assert outcome.digest == plain.outcome.digest
+    assert written <= 16
 
 
 def test_order_of_sites_and_repetition_change_nothing() -> None:

@@ -15,7 +15,15 @@ from consortium.protocol.errors import InputError
 from consortium.protocol.layout import Vector
 from consortium.strategies import chunks, means
 from consortium.strategies.base import BLOCK, BlockSum, Contribution, Reducer
-from consortium.strategies.means import accumulate, block_sum, include, mean, norm_bounded, weighted_mean
+from consortium.strategies.means import (
+    accumulate,
+    block_sum,
+    follow,
+    include,
+    mean,
+    norm_bounded,
+    weighted_mean,
+)
 
 GOLDEN = np.array(
     [[1, 2, 3], [4, 5, 6], [7, 8, 9], [2, 2, 2], [3, 3, 3], [50, -50, 0], [2.5, 3.5, 4.5]], np.float32
@@ -124,6 +132,26 @@ def test_arrival_and_split_change_no_bit(
         block = list(members)
         mixed += [block_sum(reducer, block)] if data.draw(st.booleans()) else block
     assert reduced(reducer, mixed, 5, dtype).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SUMS)
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), asked=st.integers(1, 100), folded=st.integers(0, 7))
+def test_blocks_folded_beforehand_change_no_bit(
+    name: str, dtype: str, seed: int, asked: int, folded: int
+) -> None:
+    """The first blocks added up where they were made, and the others after them, give the bits of all one by one."""
+    reducer, parts = SUMS[name](), random_cohort(seed, asked, 5, dtype)
+    blocks = [block_sum(reducer, list(some)) for _, some in groupby(parts, key=lambda c: c.slot // BLOCK)]
+    expected = reduced(reducer, blocks, 5, dtype)
+    whole: BlockSum | None = None
+    for one in blocks[:folded]:
+        whole = follow(whole, one)
+    found = reduced(reducer, [*([whole] if whole else []), *blocks[folded:]], 5, dtype)
+    assert found.tobytes() == expected.tobytes()
+    if whole is not None:
+        assert whole.count == sum(one.count for one in blocks[:folded])
 
 
 def test_order_matters_to_bits() -> None:
