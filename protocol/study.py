@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 from consortium.protocol.checking import check
 from consortium.protocol.errors import InputError, StudyError
 from consortium.protocol.messages import canonical
+from consortium.protocol.nesting import deepest
 from consortium.protocol.sections import (
     FORMAT,
     TASKS,
@@ -35,6 +36,9 @@ from consortium.protocol.sections import (
     Training,
     allowed_metrics,
 )
+
+DEEPEST = 16
+"""Parts of a dotted key; a study needs four."""
 
 
 class Study(BaseModel):
@@ -81,10 +85,20 @@ class Study(BaseModel):
 
     @staticmethod
     def parse(text: str, source: str = "study", folder: Path | None = None) -> Study:
-        """The study in a TOML text; `source` names it in errors, `folder` is where its code lies."""
+        """The study in a TOML text; `source` names it in errors, `folder` is where its code lies.
+
+        Raises:
+            InputError: it is not TOML, or nested too deeply.
+            StudyError: every mistake in it.
+        """
+        too_deep = f"{source}: is nested too deeply; no key of a study has more than four parts"
+        if deepest(text) > DEEPEST:
+            raise InputError(too_deep)
         try:
             document = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except RecursionError as error:
+            raise InputError(too_deep) from error
+        except ValueError as error:  # also of a number with thousands of digits
             raise InputError(f"{source}: is not valid TOML: {error}; correct that line") from error
         return _study(document, source, text, folder or Path())
 
