@@ -12,34 +12,27 @@ name: `rounds.jsonl` (a line a round and evaluation, while it runs), `result.jso
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from threadpoolctl import threadpool_limits
 
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.study import Study
-from consortium.server import worker_process
+from consortium.server import results, worker_process
 from consortium.server.coordinator import run
 from consortium.server.export import export
 from consortium.server.grid import FlowerSites
-from consortium.server.records import Evaluation, InMemory, Outcome, Plan, Round
+from consortium.server.records import InMemory, Plan
 from consortium.strategies.chosen import strategy_of
 
 RESULTS = "CONSORTIUM_RESULTS"
-FORMAT = 1
 
 app = ServerApp()
 
@@ -63,11 +56,11 @@ def main(grid: Grid, context: Context) -> None:
                 f"study '{study.name}': {len(clients.sites())} of {number} sites came within {patience:g} s; "
                 "start the others, then submit the run again"
             )
-        report = _reporter(folder / "rounds.jsonl")
+        report = results.reporter(folder / "rounds.jsonl")
         rng = random.SystemRandom()
         with threadpool_limits(1, user_api="blas"):  # more threads would change the bits of a sum of products
             outcome = run(plan, clients, InMemory(), clock=time.time, rng=rng, report=report)
-    _write(folder, plan, outcome)
+    results.write(folder, plan, outcome)
     if outcome.status == "failed":
         raise ConsortiumError(f"study '{study.name}': no round was committed; {outcome.why}")
     export(plan, outcome, folder / "model")
@@ -93,54 +86,3 @@ def _plan(study: Study, run: str) -> Plan:
     strategy = strategy_of(study)
     first = worker_process.initial(study, strategy.local)
     return Plan(study, strategy, first.layout, first.vector, "flower", run, first.prepares)
-
-
-def _reporter(path: Path) -> Callable[[Round | Evaluation], None]:
-    """Writes a JSON line for whatever the round loop reports, to a file and to Flower's log."""
-
-    def report(one: Round | Evaluation) -> None:
-        line = json.dumps(_document(one), allow_nan=False)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        print(line, flush=True)
-
-    return report
-
-
-def _document(one: Round | Evaluation) -> dict[str, Any]:
-    kind = "round" if isinstance(one, Round) else "evaluation"
-    document: dict[str, Any] = _plain({"kind": kind, **asdict(one)})
-    return document
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: None for what is no number (an AUROC of one class)."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(folder: Path, plan: Plan, outcome: Outcome) -> None:
-    """The result; `result.json` comes last and whole, so whoever sees it has everything else."""
-    np.save(folder / "model.npy", outcome.model, allow_pickle=False)
-    state = outcome.state
-    document = {
-        "format": FORMAT,
-        "run": plan.run,
-        "study": {"name": plan.study.name, "digest": plan.study.digest},
-        "strategy": plan.strategy.name,
-        "status": outcome.status,
-        "why": outcome.why,
-        "model": outcome.digest,
-        "evaluation": _document(outcome.evaluation) if outcome.evaluation else None,
-        "layout": plan.layout.document(),
-        "rounds": [_document(one) for one in state.rounds],
-        "evaluations": [_document(one) for one in state.evaluations],
-    }
-    partial = folder / ".result.json"
-    partial.write_text(
-        json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    partial.replace(folder / "result.json")

@@ -61,6 +61,7 @@ def run(
         else:
             ballot = exchange(state, "train", cohort)  #                   ask, admit
             state = _trained(plan, clients, state, ballot, started, clock)  # reduce, step
+        del ballot  # the updates in it take up a disk
         commits.commit(state)  #                                           commit
         _tell(report, before, state)
         if state.attempt and state.attempt % ATTEMPTS == 0 and not clients.wait(_missing(clients, state)):

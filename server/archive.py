@@ -1,0 +1,258 @@
+"""What the server keeps of studies and runs: rows of the database, and a checkpoint file a run.
+
+A commit is durable in this order: the file gets a name, its bytes and its name reach the disk, the row that refers to
+it is written together with the events of its rounds, and only then the file before it is removed. So after a crash at
+any moment the row's file is there, whole; files that no row names are removed when the server starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import stat
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
+from consortium.protocol.files import private_folder
+from consortium.protocol.study import Study
+from consortium.server.store import Store
+
+PROPOSED, WAITING, RUNNING, PAUSED = "proposed", "waiting for sites", "running", "paused"
+FINISHED, EARLY, FAILED, STOPPED = "finished", "finished early", "failed", "stopped"
+STATES = (PROPOSED, WAITING, RUNNING, PAUSED, FINISHED, EARLY, FAILED, STOPPED)
+OVER = (FINISHED, EARLY, FAILED, STOPPED)
+"""States in which nothing of a run is under way."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's row. digest, text: the study's at its start. since: when its state began, seconds since the epoch."""
+
+    name: str
+    study: str
+    digest: str
+    text: str
+    state: str
+    why: str
+    since: float
+    created: float
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A run's last commit. file: its name in the folder of checkpoints. sha256: of the checkpoint's document."""
+
+    round: int
+    attempt: int
+    file: str
+    sha256: str
+    at: float
+
+
+class Archive:
+    """Studies, runs, commits and events. For any number of threads.
+
+    folder: for checkpoints, on any disk that knows files without a name (O_TMPFILE).
+
+    Raises:
+        InputError: the folder cannot be used.
+    """
+
+    def __init__(self, store: Store, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self._store, self._clock = store, clock
+        self._news = threading.Condition()
+        self.folder = private_folder(folder)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove files that no commit names: a crash came before their row, or after their successor's."""
+        kept = {str(row["file"]) for row in self._store.rows("SELECT file FROM commits")}
+        for path in self.folder.iterdir():
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+    # Studies
+
+    def submit(self, study: Study) -> None:
+        """Keep a study in place of one of the same name; runs that began with that one keep their text."""
+        with self._store.transaction() as db:
+            db.execute(
+                "INSERT INTO studies VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
+                "digest = excluded.digest, text = excluded.text, submitted = excluded.submitted "
+                "WHERE digest != excluded.digest",
+                (study.name, study.digest, study.text, self._clock()),
+            )
+
+    def studies(self) -> list[dict[str, Any]]:
+        """Submitted studies by name: name, digest, submitted, and run, state and why of the latest run."""
+        found = []
+        for row in self._store.rows("SELECT name, digest, submitted FROM studies ORDER BY name"):
+            run = self.latest(row["name"])
+            state, why = (run.state, run.why) if run is not None else (PROPOSED, "")
+            found.append({**dict(row), "run": run and run.name, "state": state, "why": why})
+        return found
+
+    def text_of(self, digest: str) -> str | None:
+        """The text of the study of that digest, submitted or of a run."""
+        for query in ("SELECT text FROM studies WHERE digest = ?", "SELECT text FROM runs WHERE digest = ?"):
+            row = self._store.row(query, digest)
+            if row is not None:
+                return str(row["text"])
+        return None
+
+    # Runs
+
+    def propose(self, study: str) -> Run:
+        """A new run of a submitted study. Its name, such as breast-cancer.2, is never given again.
+
+        Raises:
+            InputError: there is no such study.
+        """
+        now = self._clock()
+        with self._store.transaction() as db:
+            row = db.execute("SELECT digest, text FROM studies WHERE name = ?", (study,)).fetchone()
+            if row is None:
+                raise InputError(
+                    f"there is no study '{study}'; submit it first: consortium study submit FILE"
+                )
+            number = db.execute("SELECT COUNT(*) FROM runs WHERE study = ?", (study,)).fetchone()[0] + 1
+            run = Run(f"{study}.{number}", study, row["digest"], row["text"], PROPOSED, "", now, now)
+            db.execute(
+                "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (run.name, study, run.digest, run.text, run.state, run.why, now, now),
+            )
+        return run
+
+    def run(self, name: str) -> Run | None:
+        """The run of that name."""
+        row = self._store.row("SELECT * FROM runs WHERE name = ?", name)
+        return Run(**dict(row)) if row is not None else None
+
+    def latest(self, study: str) -> Run | None:
+        """The newest run of a study."""
+        row = self._store.row("SELECT * FROM runs WHERE study = ? ORDER BY rowid DESC LIMIT 1", study)
+        return Run(**dict(row)) if row is not None else None
+
+    def runs(self) -> list[Run]:
+        """All runs, the newest first."""
+        return [Run(**dict(row)) for row in self._store.rows("SELECT * FROM runs ORDER BY rowid DESC")]
+
+    def move(self, run: str, state: str, why: str = "") -> None:
+        """Set a run's state; a change is an event. `since` stays where only `why` is another."""
+        assert state in STATES
+        now = self._clock()
+        with self._store.transaction() as db:
+            old = db.execute("SELECT state, why FROM runs WHERE name = ?", (run,)).fetchone()
+            if old is None or (old["state"], old["why"]) == (state, why):
+                return
+            db.execute(
+                "UPDATE runs SET since = CASE WHEN state = ? THEN since ELSE ? END, state = ?, why = ? "
+                "WHERE name = ?",
+                (state, now, state, why, run),
+            )
+            _add(db, run, now, {"kind": "state", "state": state, "why": why})
+        self._tell()
+
+    # Commits
+
+    def committed(self, run: str) -> Commit | None:
+        """The last commit of a run."""
+        row = self._store.row("SELECT round, attempt, file, sha256, at FROM commits WHERE run = ?", run)
+        return Commit(**dict(row)) if row is not None else None
+
+    def open(self, run: str, commit: Commit) -> int:
+        """A descriptor of a commit's file, to read.
+
+        Raises:
+            IntegrityError: it is not there.
+        """
+        path = self.folder / commit.file
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise IntegrityError(
+                f"run '{run}': its checkpoint {path} cannot be read ({error.strerror}); restore it from a backup, "
+                "or start the study anew: consortium study start NAME"
+            ) from error
+
+    def commit(
+        self,
+        run: str,
+        round: int,
+        attempt: int,
+        file: int,
+        sha256: str,
+        events: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Keep a checkpoint in place of the one before; when this returns it would survive a power cut.
+
+        file: a descriptor of a file without a name, opened in `folder`, which gets one.
+        events: what to show of it; they are there exactly when the commit is.
+
+        Raises:
+            IntegrityError: the file is not such a file.
+            ConsortiumError: the disk is full, and the like; the commit before is untouched then.
+        """
+        about = os.fstat(file)
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink:
+            raise IntegrityError(f"run '{run}': a checkpoint must be a new file without a name")
+        before, now = self.committed(run), self._clock()
+        name = f"{run}.{round}.{attempt}.{secrets.token_hex(4)}"
+        self._name(file, name)
+        with self._store.transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO commits VALUES (?, ?, ?, ?, ?, ?)",
+                (run, round, attempt, name, sha256, now),
+            )
+            for event in events:
+                _add(db, run, now, event)
+        if before is not None:
+            (self.folder / before.file).unlink(missing_ok=True)
+        self._tell()
+
+    def _name(self, file: int, name: str) -> None:
+        """Give a file without a name one, durably."""
+        try:
+            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                # With a folder's descriptor this is linkat(AT_SYMLINK_FOLLOW), which alone can name such a file.
+                os.link(f"/proc/self/fd/{file}", name, dst_dir_fd=folder, follow_symlinks=True)
+                os.fsync(file)
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            (self.folder / name).unlink(missing_ok=True)
+            raise ConsortiumError(
+                f"{self.folder / name}: the checkpoint cannot be written ({error.strerror}); is the disk full?"
+            ) from error
+
+    # Events
+
+    def events(self, run: str, after: int = 0, limit: int = 1000) -> list[dict[str, Any]]:
+        """Events of a run with a number above `after`, in order, each with `id` and `at`, at most `limit`."""
+        rows = self._store.rows(
+            "SELECT id, at, document FROM events WHERE run = ? AND id > ? ORDER BY id LIMIT ?",
+            *(run, after, limit),
+        )
+        return [{"id": row["id"], "at": row["at"], **json.loads(row["document"])} for row in rows]
+
+    def wait(self, run: str, after: int, seconds: float) -> bool:
+        """Wait until the run has an event above `after`; False where time is over first."""
+        with self._news:
+            return self._news.wait_for(lambda: bool(self.events(run, after, 1)), seconds)
+
+    def _tell(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+
+def _add(db: Any, run: str, at: float, document: Mapping[str, Any]) -> None:
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    db.execute("INSERT INTO events (run, at, document) VALUES (?, ?, ?)", (run, at, text))

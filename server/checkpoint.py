@@ -1,0 +1,260 @@
+"""A run's state as one file, exact to the last bit: raw arrays one after the other, then a document that names them.
+
+    model | other arrays | lines of rounds, of evaluations | document (JSON) | its length, 8 bytes big-endian | "CSCP"
+
+The document holds each part's place, dtype, shape and SHA-256, so the SHA-256 of the document, which `Writer.write`
+returns, vouches for the whole file. The model stands first: the file also serves as the content of an instruction
+that carries the model alone. Nothing is ever pickled; arrays are little-endian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from consortium.protocol.errors import ConsortiumError, IntegrityError
+from consortium.server.records import Evaluation, Round, RunState
+
+FORMAT = 1
+CHUNK = 1 << 20
+"""Bytes that are written or hashed at a time."""
+MAX_DOCUMENT = 1 << 28
+
+_MAGIC = b"CSCP"
+_TRAILER = 8 + len(_MAGIC)
+_KINDS = "fiub"
+
+Named = tuple[str, str, NDArray[Any], str]
+"""Place, name, array, and its SHA-256 where that is known already, else ""."""
+
+
+class Writer:
+    """Writes states of one run, each of which continues the one before: records are encoded once."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._rounds, self._evaluations = bytearray(), bytearray()
+        self._known = (0, 0)
+
+    def write(self, state: RunState, file: int) -> str:
+        """Write `state` into the empty file `file`, a descriptor; returns the SHA-256 (hex) of its document.
+
+        `state.digest` and that of the best evaluation are taken for what they say, and so not computed again.
+
+        Raises:
+            ConsortiumError: the strategy keeps something else than arrays of numbers.
+            OSError: the disk is full, and the like.
+        """
+        parts: list[dict[str, Any]] = []
+        place = 0
+        for kind, name, array, known in (*_arrays(state), *self._history(state)):
+            view = _bytes(array)
+            sha = known or hashlib.sha256(view).hexdigest()
+            about = {"place": kind, "name": name, "dtype": array.dtype.str, "shape": list(array.shape)}
+            parts.append({**about, "start": place, "sha256": sha})
+            place = put(file, view, place)
+        best = None
+        if state.best is not None:
+            own = any(part["place"] == "best" for part in parts)
+            best = {"evaluation": _evaluation_document(state.best[0]), "own": own}
+        document = {
+            "format": FORMAT,
+            "run": self._run,
+            "round": state.round,
+            "attempt": state.attempt,
+            "digest": state.digest,
+            "counted": dict(state.counted),
+            "best": best,
+            "parts": parts,
+        }
+        content = json.dumps(document, separators=(",", ":")).encode()
+        place = put(file, memoryview(content), place)
+        put(file, memoryview(len(content).to_bytes(8, "big") + _MAGIC), place)
+        return hashlib.sha256(content).hexdigest()
+
+    def _history(self, state: RunState) -> Iterator[Named]:
+        rounds, evaluations = self._known
+        self._rounds += b"".join(_line(_round_document(one)) for one in state.rounds[rounds:])
+        self._evaluations += b"".join(
+            _line(_evaluation_document(one)) for one in state.evaluations[evaluations:]
+        )
+        self._known = (len(state.rounds), len(state.evaluations))
+        yield "rounds", "", np.frombuffer(bytes(self._rounds), np.uint8), ""
+        yield "evaluations", "", np.frombuffer(bytes(self._evaluations), np.uint8), ""
+
+
+def read(file: int, sha256: str, run: str) -> RunState:
+    """The state of `run` in a file, whose document has this SHA-256. Arrays are read-only; large ones are mapped.
+
+    Raises:
+        IntegrityError: it is not what was written.
+    """
+    try:
+        size = os.fstat(file).st_size
+        document, end = _document(file, size, sha256)
+        if document["format"] != FORMAT or document["run"] != run:
+            raise IntegrityError("it is of another run or format")
+        whole = memoryview(mmap.mmap(file, size, access=mmap.ACCESS_READ))
+        found = {(part["place"], part["name"]): _part(whole[:end], part) for part in document["parts"]}
+        return _state(document, found)
+    except IntegrityError as error:
+        raise IntegrityError(f"the checkpoint is damaged: {error}") from error
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise IntegrityError(
+            f"the checkpoint is damaged: its document is malformed ({type(error).__name__})"
+        ) from error
+
+
+def _arrays(state: RunState) -> Iterator[Named]:
+    yield "model", "", _checked("the model", state.model), state.digest
+    if state.control is not None:
+        yield "control", "", _checked("the control variate", state.control), ""
+    for name, array in state.optimizer.items():
+        yield "optimizer", name, _checked(f"the server optimizer's '{name}'", array), ""
+    for name, values in state.statistics.items():
+        yield "statistic", name, _checked(f"statistic '{name}'", values), ""
+    if state.best is not None and state.best[0].model != state.digest:
+        yield "best", "", _checked("the best model", state.best[1]), state.best[0].model
+
+
+def _checked(what: str, array: object) -> NDArray[Any]:
+    """The array in little-endian order."""
+    if not isinstance(array, np.ndarray | np.generic) or array.dtype.kind not in _KINDS:
+        raise ConsortiumError(
+            f"{what} is {type(array).__name__}, which cannot be kept; numpy arrays of numbers would be right"
+        )
+    little = np.asarray(array)
+    return little.astype(little.dtype.newbyteorder("<"), copy=False)
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    if not array.size:
+        return memoryview(b"")
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def put(file: int, view: memoryview, place: int) -> int:
+    """Write all of `view` into a file at `place`; returns where it ends."""
+    while view:
+        count = os.pwrite(file, view[:CHUNK], place)
+        view, place = view[count:], place + count
+    return place
+
+
+def _document(file: int, size: int, sha256: str) -> tuple[dict[str, Any], int]:
+    """The document, and where it begins."""
+    trailer = os.pread(file, _TRAILER, max(0, size - _TRAILER))
+    length = int.from_bytes(trailer[:8], "big")
+    start = size - _TRAILER - length
+    if trailer[8:] != _MAGIC or start < 0 or length > MAX_DOCUMENT:
+        raise IntegrityError("it does not end as it was written")
+    content = os.pread(file, length, start)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise IntegrityError("its SHA-256 is not the one that was committed")
+    document = json.loads(content)
+    if not isinstance(document, dict):
+        raise IntegrityError("its document is none")
+    return document, start
+
+
+def _part(whole: memoryview, part: Mapping[str, Any]) -> NDArray[Any]:
+    dtype, shape, start = np.dtype(part["dtype"]), tuple(part["shape"]), part["start"]
+    end = start + math.prod(shape) * dtype.itemsize
+    if dtype.kind not in _KINDS or not 0 <= start <= end <= len(whole):
+        raise IntegrityError("a part lies outside of it")
+    view, sha = whole[start:end], hashlib.sha256()
+    for place in range(0, len(view), CHUNK):
+        sha.update(view[place : place + CHUNK])
+    if sha.hexdigest() != part["sha256"]:
+        raise IntegrityError(f"the SHA-256 of its part '{part['place']}' is not the one that was committed")
+    array = np.frombuffer(view, dtype).reshape(shape)
+    return array if array.flags.aligned else array.copy()
+
+
+def _state(document: Mapping[str, Any], found: Mapping[tuple[str, str], NDArray[Any]]) -> RunState:
+    def of(place: str) -> dict[str, NDArray[Any]]:
+        return {name: array for (kind, name), array in found.items() if kind == place}
+
+    model, best = found["model", ""], document["best"]
+    return RunState(
+        round=int(document["round"]),
+        attempt=int(document["attempt"]),
+        model=model,
+        digest=str(document["digest"]),
+        control=found.get(("control", "")),
+        optimizer=of("optimizer"),
+        statistics=of("statistic"),
+        counted={site: int(number) for site, number in document["counted"].items()},
+        rounds=tuple(_round(one) for one in _lines(found["rounds", ""])),
+        evaluations=tuple(_evaluation(one) for one in _lines(found["evaluations", ""])),
+        best=best and (_evaluation(best["evaluation"]), found["best", ""] if best["own"] else model),
+    )
+
+
+def _line(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def _lines(array: NDArray[Any]) -> list[Any]:
+    return [json.loads(line) for line in array.tobytes().splitlines()]
+
+
+def _number(value: float) -> float | str:
+    """A float as JSON has it; what is no number as a word."""
+    return value if math.isfinite(value) else repr(float(value))
+
+
+def _numbers(values: Mapping[str, float]) -> dict[str, float | str]:
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _floats(values: Mapping[str, float | str]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def _round_document(one: Round) -> dict[str, Any]:
+    return {
+        "round": one.round,
+        "attempt": one.attempt,
+        "asked": one.asked,
+        "admitted": _numbers(one.admitted),
+        "left_out": dict(one.left_out),
+        "model": one.model,
+        "seconds": _number(one.seconds),
+        "void": one.void,
+    }
+
+
+def _round(document: Mapping[str, Any]) -> Round:
+    return Round(
+        round=document["round"],
+        attempt=document["attempt"],
+        asked=tuple(document["asked"]),
+        admitted=_floats(document["admitted"]),
+        left_out=document["left_out"],
+        model=document["model"],
+        seconds=float(document["seconds"]),
+        void=document["void"],
+    )
+
+
+def _evaluation_document(one: Evaluation) -> dict[str, Any]:
+    sites = {site: _numbers(values) for site, values in one.sites.items()}
+    return {"round": one.round, "model": one.model, "pooled": _numbers(one.pooled), "sites": sites}
+
+
+def _evaluation(document: Mapping[str, Any]) -> Evaluation:
+    return Evaluation(
+        round=document["round"],
+        model=document["model"],
+        pooled=_floats(document["pooled"]),
+        sites={site: _floats(values) for site, values in document["sites"].items()},
+    )

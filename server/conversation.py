@@ -1,0 +1,247 @@
+"""What a run's process may ask of the server, and what it is answered (the other end of `server/link.py`).
+
+The process decides what to ask of the sites; what leaves the server is decided here. An instruction is signed only
+where it is this run's and this study's, at the round that follows from the last commit, for a site that the process was
+told of, and not for longer than the study's deadline. Whoever asks for anything else gets nothing any more.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from consortium.protocol import local, wire
+from consortium.protocol.errors import ConsortiumError, IntegrityError
+from consortium.protocol.local import ClosedError
+from consortium.protocol.messages import parse
+from consortium.protocol.study import Study
+from consortium.server.archive import EARLY, FAILED, FINISHED, Archive
+from consortium.server.child import Child
+from consortium.server.exchange import SLACK, Received, Spooled
+
+LATENESS = 60.0
+"""Seconds that an instruction may be valid beyond the study's deadline."""
+
+Reply = tuple[dict[str, Any], Spooled | None]
+Missing = Callable[[set[str]], str]
+"""Of the sites at hand: why they are not enough, or nothing."""
+
+
+class Exchange(Protocol):
+    """What a run needs of `server/exchange.py`."""
+
+    spool: Path
+
+    def connected(self) -> list[str]: ...
+    def ask(
+        self, run: str, headers: Mapping[str, bytes], content: int | None, largest: int
+    ) -> dict[str, str]: ...
+    def answers(self, run: str, seconds: float) -> Received | None: ...
+    def withdraw(self, run: str) -> None: ...
+    def wait_more(self, known: set[str], seconds: float) -> bool: ...
+
+
+class Stage(Protocol):
+    """What a conversation needs of its run (`server/running.py`)."""
+
+    def hold(self, child: Child) -> None: ...
+    def until(self, child: Child, missing: Missing, seconds: float = math.inf) -> None: ...
+    def end(self, state: str, why: str) -> None: ...
+
+
+class Conversation:
+    """With one process of a run, from its start to its end.
+
+    commits: how many it made.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        federation: str,
+        study: Study,
+        child: Child,
+        archive: Archive,
+        exchange: Exchange,
+        stage: Stage,
+    ) -> None:
+        self._run, self._federation, self._study = run, federation, study
+        self._child, self._archive, self._exchange, self._stage = child, archive, exchange, stage
+        self.commits = 0
+        self._offered: set[str] = set()  # sites that it was told of
+        self._answered: set[str] = set()  # in the last exchange, in whatever way
+        self._largest = 0  # bytes of an answer's content
+        self._gathered = False  # whether enough sites were at hand once
+        self._calls: Mapping[str, Callable[[dict[str, Any], list[int]], Reply]] = {
+            "ready": self._ready,
+            "load": self._load,
+            "commit": self._commit,
+            "sites": self._sites,
+            "ask": self._ask,
+            "answers": self._answers,
+            "wait": self._wait,
+            "finished": self._finished,
+        }
+
+    def hold(self) -> bool:
+        """Answer the process until it has said how the run ended (True) or is dead (False).
+
+        Raises:
+            ConsortiumError: it asks for what it must not have, or the server could not do what it asks.
+        """
+        connection = self._child.connection
+        while True:
+            try:
+                document, files = local.receive(connection)
+                try:
+                    reply, file = self._answer(document, files)
+                finally:
+                    local.close(files)
+                local.send(connection, reply, [file.fd] if file is not None else [])
+            except ClosedError:
+                return False
+            except ConsortiumError as error:
+                with suppress(ClosedError):
+                    local.send(connection, {"error": str(error), "kind": type(error).__name__})
+                raise
+            if document["call"] == "finished":
+                return True
+
+    def _answer(self, document: dict[str, Any], files: list[int]) -> Reply:
+        name = wire.field(document, "call", str)
+        if name not in self._calls:
+            raise self._wrong(f"asked for {name[:40]!r}, which is nothing")
+        return self._calls[name](document, files)
+
+    def _wrong(self, what: str) -> IntegrityError:
+        return IntegrityError(f"run '{self._run}': its process {what}; it was stopped")
+
+    # Commits
+
+    def _ready(self, document: dict[str, Any], _: list[int]) -> Reply:
+        self._largest = int(wire.field(document, "layout_bytes", int) * SLACK) + (1 << 20)
+        return {}, None
+
+    def _load(self, _: dict[str, Any], __: list[int]) -> Reply:
+        commit = self._archive.committed(self._run)
+        if commit is None:
+            return {}, None
+        return {"sha256": commit.sha256}, Spooled(self._archive.open(self._run, commit))
+
+    def _commit(self, document: dict[str, Any], files: list[int]) -> Reply:
+        at = wire.field(document, "round", int), wire.field(document, "attempt", int)
+        done, void = self._at()
+        if at not in ((done, void), (done, void + 1), (done, 0), (done + 1, 0)):
+            raise self._wrong(f"would commit round and attempt {at} after {(done, void)}")
+        if len(files) != 1:
+            raise self._wrong(f"would commit {len(files)} files where one is right")
+        sha256, events = wire.field(document, "sha256", str), wire.field(document, "events", list)
+        if any(not isinstance(e, dict) or e.get("kind") not in ("round", "evaluation") for e in events):
+            raise self._wrong("reports what is neither round nor evaluation")
+        self._archive.commit(self._run, *at, files[0], sha256, events)
+        self.commits += 1
+        return {}, None
+
+    def _at(self) -> tuple[int, int]:
+        """Rounds committed, and void attempts at the next."""
+        commit = self._archive.committed(self._run)
+        return (commit.round, commit.attempt) if commit is not None else (0, 0)
+
+    def _finished(self, document: dict[str, Any], _: list[int]) -> Reply:
+        status, why = wire.field(document, "status", str), wire.field(document, "why", str)
+        if status not in (FINISHED, EARLY, FAILED):
+            raise self._wrong(f"ended it as {status[:40]!r}")
+        self._stage.end(status, why)
+        return {}, None
+
+    # Sites
+
+    def _sites(self, _: dict[str, Any], __: list[int]) -> Reply:
+        """The sites at hand: before round 1, and for a process that was started again, once there are enough."""
+        self._stage.hold(self._child)
+        if not self._gathered:
+            # The final evaluation moves nothing: sites that do not come must not keep the model from its end.
+            trained = self._at()[0] >= self._study.rounds
+            self._stage.until(
+                self._child, self._too_few, self._study.cohort.deadline if trained else math.inf
+            )
+            self._gathered = True
+        sites = self._exchange.connected()
+        self._offered.update(sites)
+        return {"sites": sites}, None
+
+    def _ask(self, document: dict[str, Any], files: list[int]) -> Reply:
+        """Have the instructions signed and offered, if each is one that this run may send now."""
+        headers = {}
+        for site, text in wire.field(document, "headers", dict).items():
+            headers[site] = str(text).encode()
+            self._check(site, headers[site])
+        refused = self._exchange.ask(self._run, headers, files[0] if files else None, self._largest)
+        self._answered = set()
+        return {"refused": refused}, None
+
+    def _check(self, site: str, header: bytes) -> None:
+        about = parse(header)
+        if about.type != "instruction":
+            raise self._wrong("asked to sign what is no instruction")
+        fields = about.fields
+        done, void = self._at()
+        expected = {
+            "run": self._run,
+            "study": self._study.digest,
+            "federation": self._federation,
+            "round": done + (fields["kind"] == "train"),
+            "attempt": void,
+            "site": site,
+        }
+        for name, right in expected.items():
+            if fields[name] != right:
+                found = str(fields[name])[:80]
+                raise self._wrong(
+                    f"asked to sign an instruction for {name} {found!r} where {right!r} is right"
+                )
+        if site not in self._offered:
+            raise self._wrong(f"asked to sign an instruction for site {site[:80]!r}, which is not at hand")
+        if float(fields["expires"]) > time.time() + self._study.cohort.deadline + LATENESS:
+            raise self._wrong("asked to sign an instruction that is valid beyond the study's deadline")
+
+    def _answers(self, document: dict[str, Any], _: list[int]) -> Reply:
+        seconds = float(document["seconds"]) if type(document.get("seconds")) in (int, float) else -1.0
+        if not 0 <= seconds <= self._study.cohort.deadline + LATENESS:
+            raise self._wrong("would wait for answers beyond the study's deadline")
+        received = self._exchange.answers(self._run, seconds)
+        if received is None:
+            return {}, None
+        self._answered.add(received.site)
+        if received.reason:
+            return {"site": received.site, "reason": received.reason}, None
+        header = received.header.decode(errors="replace")
+        return {"site": received.site, "header": header}, received.content
+
+    def _wait(self, document: dict[str, Any], _: list[int]) -> Reply:
+        """Wait for sites after void rounds; where all that are named are at hand, say whether to try again at once."""
+        named = {str(site) for site in wire.field(document, "sites", list)}
+        present = set(self._exchange.connected())
+        absent = named - present
+        if named and not absent and not self._too_few(present):
+            # Who was silent or away may do better now. Who answered, but without use, will do so again.
+            return {"more": bool(named - self._answered)}, None
+        who = f"waits for {', '.join(sorted(absent))}" if absent else "waits for one more site"
+
+        def missing(known: set[str]) -> str:
+            return self._too_few(known) or ("" if known - present else who)
+
+        self._stage.until(self._child, missing)
+        return {"more": True}, None
+
+    def _too_few(self, known: set[str]) -> str:
+        """Why the sites at hand are too few for a round; empty where they are enough."""
+        need = self._study.cohort.min_sites
+        if len(known) >= need:
+            return ""
+        names = f" ({', '.join(sorted(known))})" if known else ""
+        return f"{len(known)} of at least {need} sites are connected{names}"

@@ -1,0 +1,209 @@
+"""The round loop's way out of a run's own process: sites and commits, over a socket to the server that started it.
+
+The process calls, the server (`server/conversation.py`) answers, one call at a time, as `protocol/local.py` has it.
+Models travel as open files, never through the socket:
+
+    ready {layout_bytes}                          -> {}
+    load {}                                       -> {sha256} + file, or {} where nothing is committed
+    commit {round, attempt, sha256, events} + file -> {}, once it is durable
+    sites {}                                      -> {sites}
+    ask {headers by site} + file or none          -> {refused: reasons by site}
+    answers {seconds}                             -> {site, header} + file or none, {site, reason}, or {}: no more
+    wait {sites}                                  -> {more}
+    finished {status, why}                        -> {}
+
+Where the server cannot do what is asked it says {error, kind}, which is raised here.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from consortium.protocol import local
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
+from consortium.protocol.messages import Answer, Instruction, Payload, assemble, canonical, encode, parse
+from consortium.server import checkpoint
+from consortium.server.clients import Block
+from consortium.server.records import Evaluation, Round, RunState
+from consortium.server.results import document
+
+_ERRORS: Mapping[str, type[ConsortiumError]] = {
+    one.__name__: one for one in (InputError, RefusedError, IntegrityError)
+}
+
+
+class Link:
+    """Calls to the server."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def first(self) -> dict[str, Any]:
+        """What the server says before any call: which run this is."""
+        found, files = local.receive(self._connection)
+        local.close(files)
+        return found
+
+    def call(self, name: str, files: Sequence[int] = (), **fields: Any) -> dict[str, Any]:
+        """Call without a file in the answer. Raises as `call_for_file`."""
+        reply, file = self.call_for_file(name, files, **fields)
+        if file is not None:
+            os.close(file)
+        return reply
+
+    def call_for_file(
+        self, name: str, files: Sequence[int] = (), **fields: Any
+    ) -> tuple[dict[str, Any], int | None]:
+        """Call, and give the answer and its file, which the caller must close.
+
+        Raises:
+            ClosedError: the server has ended.
+            ConsortiumError: the server could not do it.
+        """
+        local.send(self._connection, {"call": name, **fields}, files)
+        reply, found = local.receive(self._connection)
+        if "error" in reply:
+            local.close(found)
+            raise _ERRORS.get(str(reply.get("kind")), ConsortiumError)(str(reply["error"]))
+        local.close(found[1:])
+        return reply, found[0] if found else None
+
+
+class LinkCommits:
+    """`Commits` in the server's archive. folder: where checkpoint files without a name are made."""
+
+    def __init__(self, link: Link, run: str, folder: Path) -> None:
+        self._link, self._run, self._folder = link, run, folder
+        self._writer = checkpoint.Writer(run)
+        self._shown = (0, 0)
+        self._model: tuple[str, int] = ("", -1)
+
+    def load(self) -> RunState | None:
+        reply, file = self._link.call_for_file("load")
+        if file is None:
+            return None
+        state = checkpoint.read(file, str(reply["sha256"]), self._run)
+        self._keep(state.digest, file)
+        self._shown = (len(state.rounds), len(state.evaluations))
+        return state
+
+    def commit(self, state: RunState) -> None:
+        file = nameless(self._folder)
+        try:
+            sha256 = self._writer.write(state, file)
+            rounds, evaluations = self._shown
+            new: list[Round | Evaluation] = [*state.evaluations[evaluations:], *state.rounds[rounds:]]
+            events = [document(one) for one in new]
+            about = {"round": state.round, "attempt": state.attempt, "sha256": sha256, "events": events}
+            self._link.call("commit", [file], **about)
+        except BaseException:
+            os.close(file)
+            raise
+        self._keep(state.digest, file)
+        self._shown = (len(state.rounds), len(state.evaluations))
+
+    def file_of(self, digest: str) -> int | None:
+        """A file that begins with the model of that digest, if the last commit's does."""
+        return self._model[1] if digest and self._model[0] == digest else None
+
+    def _keep(self, digest: str, file: int) -> None:
+        if self._model[1] >= 0:
+            os.close(self._model[1])
+        self._model = (digest, file)
+
+
+class LinkClients:
+    """`Clients` behind the server's site door. spool: where content files without a name are made."""
+
+    def __init__(self, link: Link, commits: LinkCommits, spool: Path, clock: Callable[[], float]) -> None:
+        self._link, self._commits, self._spool, self._clock = link, commits, spool, clock
+        self._refused: dict[str, str] = {}
+        self._open = 0
+
+    def sites(self) -> Sequence[str]:
+        return [str(site) for site in self._link.call("sites")["sites"]]
+
+    def ask(self, sites: Sequence[str], instruction: Instruction) -> None:
+        file = self._commits.file_of(instruction.model)
+        if file is None or set(instruction.payload.vectors) != {"shared"} or instruction.payload.statistics:
+            self._send(sites, instruction, *self._written(instruction))
+            return
+        # The commit's file begins with just this content, and the model's digest is the content's SHA-256.
+        model = instruction.payload.vectors["shared"]
+        part = {"place": "vector", "name": "shared", "dtype": model.dtype.str, "shape": list(model.shape)}
+        self._send(sites, instruction, [part], instruction.model, file)
+
+    def _written(self, instruction: Instruction) -> tuple[list[Any], str, int | None]:
+        """Parts, SHA-256 and file of the content; the file is None where there is no content."""
+        header, views = encode(instruction)
+        about = json.loads(header)
+        if not views:
+            return about["parts"], about["sha256"], None
+        file, place = nameless(self._spool), 0
+        for view in views:
+            place = checkpoint.put(file, view, place)
+        return about["parts"], about["sha256"], file
+
+    def _send(
+        self, sites: Sequence[str], instruction: Instruction, parts: list[Any], sha256: str, file: int | None
+    ) -> None:
+        bare = replace(instruction, payload=Payload())  # so that the content is not encoded for each site
+        headers = {}
+        for site in sites:
+            about = {**json.loads(encode(bare.to(site))[0]), "parts": parts, "sha256": sha256}
+            headers[site] = canonical(about).decode()
+        try:
+            reply = self._link.call("ask", [] if file is None else [file], headers=headers)
+        finally:
+            if file is not None and file != self._commits.file_of(instruction.model):
+                os.close(file)
+        self._refused = {str(site): str(why) for site, why in reply["refused"].items()}
+        self._open = len(sites) - len(self._refused)
+
+    def answers(self, deadline: float) -> Iterator[Answer | Block]:
+        if self._refused:
+            yield Block((), self._refused, None)
+        while self._open:
+            reply, file = self._link.call_for_file("answers", seconds=max(0.0, deadline - self._clock()))
+            if "site" not in reply:
+                return
+            self._open -= 1
+            site = str(reply["site"])
+            found = str(reply["reason"]) if "reason" in reply else _answer(site, str(reply["header"]), file)
+            yield found if isinstance(found, Answer) else Block((), {site: found}, None)
+
+    def wait(self, sites: Sequence[str]) -> bool:
+        return bool(self._link.call("wait", sites=list(sites))["more"])
+
+
+def nameless(folder: Path) -> int:
+    """A new file on the disk of `folder` of which nothing is left when it is closed."""
+    return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+
+def _answer(site: str, header: str, file: int | None) -> Answer | str:
+    """A site's answer, its vectors mapped from `file`, which is closed; or why it is none. It was hashed before."""
+    try:
+        answer = assemble(parse(header.encode()), _mapped(file))
+    except IntegrityError as error:
+        return str(error)
+    if not isinstance(answer, Answer):
+        return "sends an instruction in place of an answer"
+    return answer if answer.site == site else "answers in the name of another site"
+
+
+def _mapped(file: int | None) -> memoryview:
+    if file is None:
+        return memoryview(b"")
+    try:
+        size = os.fstat(file).st_size
+        return memoryview(mmap.mmap(file, size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
+    finally:
+        os.close(file)

@@ -1,0 +1,191 @@
+"""Checkpoints: what is read back is what was written, to the last bit, or is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consortium.protocol.errors import ConsortiumError, IntegrityError
+from consortium.protocol.layout import Vector, digest_of
+from consortium.server import checkpoint
+from consortium.server.checkpoint import Writer, read
+from consortium.server.link import nameless
+from consortium.server.records import Evaluation, Round, RunState
+from consortium.strategies.catalogue import CATALOGUE, Entry
+
+names = st.text(max_size=12)
+numbers = st.floats(width=64)
+counts = st.dictionaries(names, numbers, max_size=4)
+
+
+def vector(seed: int, size: int, dtype: str) -> Vector:
+    """Any bits that are floats: subnormals, infinities and NaN with payloads too."""
+    return np.frombuffer(np.random.default_rng(seed).bytes(size * np.dtype(dtype).itemsize), dtype)
+
+
+vectors = st.builds(vector, st.integers(0, 2**32), st.integers(0, 40), st.sampled_from(["<f4", "<f8"]))
+rounds = st.builds(
+    Round, st.integers(0, 10**6), st.integers(0, 99), st.lists(names, max_size=4).map(tuple), counts,
+    st.dictionaries(names, names, max_size=3), names, numbers, names,
+)  # fmt: skip
+
+
+@st.composite
+def evaluations(draw: st.DrawFn, model: str | None = None) -> Evaluation:
+    digest = draw(names) if model is None else model
+    sites = draw(st.dictionaries(names, counts, max_size=3))
+    return Evaluation(draw(st.integers(0, 10**6)), digest, draw(counts), sites)
+
+
+@st.composite
+def states(draw: st.DrawFn) -> RunState:
+    model = draw(vectors)
+    digest = digest_of([model])
+    best = None
+    if draw(st.booleans()):
+        other = model if draw(st.booleans()) else draw(vectors)
+        best = (draw(evaluations(digest_of([other]))), other)
+    shapes = st.sampled_from([(), (0,), (3,), (2, 3)])
+    tables = {name: np.asarray(vector(i, math.prod(draw(shapes)), "<f8")) for i, name in enumerate("xy")}
+    return RunState(
+        round=draw(st.integers(0, 10**6)),
+        attempt=draw(st.integers(0, 10**6)),
+        model=model,
+        digest=digest,
+        control=draw(st.none() | vectors),
+        optimizer=draw(st.dictionaries(names, vectors, max_size=3)),
+        statistics={**tables, "n": np.array(3.0), "scalar": np.float64(0.1)},  # type: ignore[dict-item]
+        counted=draw(st.dictionaries(names, st.integers(0, 10**6), max_size=4)),
+        rounds=tuple(draw(st.lists(rounds, max_size=4))),
+        evaluations=tuple(draw(st.lists(evaluations(), max_size=4))),
+        best=best,
+    )
+
+
+def there_and_back(state: RunState, folder: Path, writer: Writer | None = None) -> RunState:
+    file = nameless(folder)
+    try:
+        return read(file, (writer or Writer("r.1")).write(state, file), "r.1")
+    finally:
+        os.close(file)
+
+
+def exact(value: Any) -> Any:
+    """A value in which equal means equal bits, order of keys included."""
+    if isinstance(value, np.ndarray | np.generic):
+        return (value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, float):
+        return "NaN" if math.isnan(value) else (value, math.copysign(1, value))
+    if isinstance(value, dict):
+        return [(key, exact(one)) for key, one in value.items()]
+    if isinstance(value, list | tuple):
+        return [exact(one) for one in value]
+    if isinstance(value, RunState | Round | Evaluation):
+        return [exact(one) for one in vars(value).values()]
+    return value
+
+
+@given(state=states())
+@settings(max_examples=150, deadline=None)
+def test_any_state_comes_back_bit_for_bit(state: RunState, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every field: odd floats, 0-d and empty arrays, any names, and a best model that is or is not the current one."""
+    assert exact(there_and_back(state, tmp_path_factory.getbasetemp())) == exact(state)
+
+
+@pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.name)
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 50), dtype=st.sampled_from(["<f4", "<f8"]))
+@settings(max_examples=15, deadline=None)
+def test_every_strategy_goes_on_from_a_checkpoint_as_it_would_have(
+    entry: Entry, seed: int, size: int, dtype: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A step from the state that was read gives the bits of a step from the state that was written."""
+    rng = np.random.default_rng(seed)
+    optimizer = entry.make().optimizer
+    model, first, second = (rng.normal(size=size).astype(dtype) for _ in range(3))
+    model, kept = optimizer.step(optimizer.init(model), model, first)
+    state = RunState(1, 0, model, digest_of([model]), first, kept, {})
+    again = there_and_back(state, tmp_path_factory.getbasetemp())
+    straight, broken = (
+        optimizer.step(kept, model, second),
+        optimizer.step(again.optimizer, again.model, second),
+    )
+    assert exact(straight) == exact(broken)
+    assert exact(again.control) == exact(first)
+
+
+def state_of(size: int = 1000, records: int = 3) -> RunState:
+    model = np.arange(size, dtype=np.float32)
+    record = Round(1, 0, ("a", "b"), {"a": 1.0}, {"b": "declined"}, "m", 0.5)
+    judged = Evaluation(1, "m", {"accuracy": 0.5}, {})
+    return RunState(
+        1, 0, model, digest_of([model]), None, {"v": model + 1}, {"n": np.array([2.0])},
+        rounds=(record,) * records, evaluations=(judged,) * records,
+    )  # fmt: skip
+
+
+def test_a_writer_that_wrote_before_writes_the_same_state(tmp_path: Path) -> None:
+    """Records that are encoded once are all there in every later file."""
+    writer = Writer("r.1")
+    for records in (0, 1, 1, 5):
+        assert exact(there_and_back(state_of(records=records), tmp_path, writer)) == exact(
+            state_of(records=records)
+        )
+
+
+def test_the_file_begins_with_the_model(tmp_path: Path) -> None:
+    """So it serves as the content of an instruction."""
+    state, file = state_of(), nameless(tmp_path)
+    Writer("r.1").write(state, file)
+    assert hashlib.sha256(os.pread(file, state.model.nbytes, 0)).hexdigest() == state.digest
+    os.close(file)
+
+
+def test_whatever_byte_changes_is_found(tmp_path: Path) -> None:
+    """One flipped bit anywhere, a shorter or a longer file: refused as damaged, never read otherwise."""
+    file = nameless(tmp_path)
+    sha256 = Writer("r.1").write(state_of(40, 1), file)
+    whole = os.pread(file, os.fstat(file).st_size, 0)
+    for place in range(len(whole)):
+        os.pwrite(file, bytes([whole[place] ^ 1]), place)
+        with pytest.raises(IntegrityError, match="the checkpoint is damaged"):
+            read(file, sha256, "r.1")
+        os.pwrite(file, whole[place : place + 1], place)
+    assert read(file, sha256, "r.1").round == 1
+    for length in (0, 5, 12, len(whole) - 1, len(whole) + 1):
+        os.ftruncate(file, length)
+        with pytest.raises(IntegrityError, match="the checkpoint is damaged"):
+            read(file, sha256, "r.1")
+    os.close(file)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    """Files that were swapped between two runs are found, though each is whole."""
+    file = nameless(tmp_path)
+    sha256 = Writer("r.2").write(state_of(), file)
+    with pytest.raises(IntegrityError, match="another run"):
+        read(file, sha256, "r.1")
+    os.close(file)
+
+
+def test_what_is_no_array_is_refused_by_name(tmp_path: Path) -> None:
+    """A strategy that keeps Python objects is told so, instead of losing them."""
+    model = np.zeros(2, np.float32)
+    for odd in ([1.0], np.array([object()]), "text"):
+        state = RunState(0, 0, model, digest_of([model]), None, {"m": odd}, {})  # type: ignore[dict-item]
+        with pytest.raises(ConsortiumError, match="the server optimizer's 'm'"):
+            there_and_back(state, tmp_path)
+
+
+def test_large_arrays_are_mapped_and_not_read(tmp_path: Path) -> None:
+    """What comes back does not lie in this process's own memory."""
+    back = there_and_back(state_of(3 * checkpoint.CHUNK), tmp_path)
+    assert not back.model.flags.owndata
+    assert not back.model.flags.writeable
