@@ -26,7 +26,7 @@ SUMMARIES = {
     "server": "run the server of a federation",
     "simulate": "run a study on this machine, over files or a partitioned table",
     "strategies": "the strategies that a study can name, with parameters and papers",
-    "study": "check a study file",
+    "study": "check a study file, run it in a federation, follow it",
 }
 """One line a command for `--help`, here so that showing it loads no command."""
 

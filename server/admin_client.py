@@ -1,0 +1,129 @@
+"""How a command reaches a running server: the folder on the same machine, or an address, a token and the root.
+
+--dir DIR        the server's folder: its admin door on loopback, with the token that `init` wrote there
+--server URL     https://host:port; the token from CONSORTIUM_TOKEN or the file that CONSORTIUM_TOKEN_FILE names,
+                 the federation's root certificate from the file that CONSORTIUM_ROOT names
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from consortium.protocol.connection import Connection, StatusError, UnreachableError, proxy_for, trusting
+from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
+
+TIMEOUT = 60.0
+OVER = ("finished", "finished early", "failed", "stopped")
+"""States of a run that do not change any more."""
+
+
+class Admin:
+    """A connection to one admin door. where: how the person named the server, for messages."""
+
+    def __init__(self, connection: Connection, token: str, where: str) -> None:
+        self._connection, self._token, self._where = connection, token, where
+
+    def get(self, path: str) -> dict[str, Any]:
+        """What a GET answers. Raises as `post`."""
+        return self._request("GET", path, None)
+
+    def post(self, path: str, **document: Any) -> dict[str, Any]:
+        """What a POST of a JSON object answers.
+
+        Raises:
+            UnreachableError: the server does not run, or not there.
+            InputError, RefusedError: it says why not.
+        """
+        return self._request("POST", path, document)
+
+    def events(self, study: str) -> Iterator[dict[str, Any]]:
+        """Answers of the events route, one after the other, from the first event until the run is over."""
+        after = 0
+        while True:
+            found = self.get(f"/v1/studies/{name_in_path(study)}/events?after={after}")
+            yield found
+            after = max([after, *(event["id"] for event in found["events"])])
+            if found["state"] in OVER and not found["events"]:
+                return
+
+    def _request(self, method: str, path: str, document: Mapping[str, Any] | None) -> dict[str, Any]:
+        headers = {"Authorization": f"Bearer {self._token}"}
+        try:
+            return self._connection.request(method, path, document, headers=headers).document(1 << 28)
+        except UnreachableError as error:
+            raise UnreachableError(
+                f"the server of {self._where} cannot be reached: {error}; is it running? "
+                "Start it: consortium server start --dir DIR"
+            ) from error
+        except StatusError as error:
+            raise _error(error) from error
+
+
+def _error(error: StatusError) -> ConsortiumError:
+    if error.status in (401, 403):
+        return RefusedError(str(error))
+    if error.status in (400, 404, 409, 413):
+        return InputError(str(error))
+    return ConsortiumError(str(error))
+
+
+def name_in_path(name: str) -> str:
+    """A name that a person typed, as a part of a path."""
+    return quote(name, safe="")
+
+
+def connect(folder: Path | None, server: str | None, environment: Mapping[str, str] = os.environ) -> Admin:
+    """The admin door that a person named.
+
+    Raises:
+        InputError: the folder is no server's, or address, token or root are missing.
+    """
+    if server:
+        return _remote(server, environment)
+    place = folder or Path(environment.get("CONSORTIUM_SERVER_DIR", "."))
+    try:
+        config = tomllib.loads((place / "server.toml").read_text(encoding="utf-8"))
+        token = (place / "admin.token").read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise InputError(
+            f"{place}: is no server's folder ({Path(error.filename).name}: {error.strerror}); give --dir DIR, "
+            "or --server URL"
+        ) from error
+    port = int(config["admin_port"])
+    return Admin(
+        Connection("127.0.0.1", port, trusting(place / "root.pem"), timeout=TIMEOUT), token, str(place)
+    )
+
+
+def _remote(server: str, environment: Mapping[str, str]) -> Admin:
+    parts = urlsplit(server)
+    if parts.scheme != "https" or not parts.hostname or parts.username or parts.password:
+        raise InputError(f"--server: got {parts.scheme}://{parts.hostname}; https://HOST:PORT would be right")
+    token = environment.get("CONSORTIUM_TOKEN", "")
+    if not token and "CONSORTIUM_TOKEN_FILE" in environment:
+        token = _text(Path(environment["CONSORTIUM_TOKEN_FILE"]), "CONSORTIUM_TOKEN_FILE").strip()
+    if not token:
+        raise InputError(
+            "a token is needed; set CONSORTIUM_TOKEN, or CONSORTIUM_TOKEN_FILE to the file with it"
+        )
+    root = environment.get("CONSORTIUM_ROOT", "")
+    if not root:
+        raise InputError("set CONSORTIUM_ROOT to the file with the federation's root certificate (root.pem)")
+    _text(Path(root), "CONSORTIUM_ROOT")
+    port = parts.port or 9441
+    connection = Connection(
+        parts.hostname, port, trusting(Path(root)), proxy=proxy_for(parts.hostname), timeout=TIMEOUT
+    )
+    return Admin(connection, token, f"{parts.hostname}:{port}")
+
+
+def _text(path: Path, variable: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{variable}: {path} cannot be read ({error.strerror})") from error

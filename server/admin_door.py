@@ -1,0 +1,176 @@
+"""The admin door: what people and their scripts ask of a running server, by token.
+
+    viewer       sees status, studies, runs, events
+    researcher   submits studies, too
+    admin        everything: invites, revokes, starts, stops, rotates
+
+A token is compared by its digest in constant time; requests without one, or beyond its role, learn nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from consortium.protocol import wire
+from consortium.protocol.errors import InputError
+from consortium.protocol.study import Study
+from consortium.server.archive import Archive
+from consortium.server.exchange import Exchange
+from consortium.server.listener import Request, Response, error_response, json_response
+from consortium.server.roster import Roster
+from consortium.server.runs import Runs
+
+Role = Literal["viewer", "researcher", "admin"]
+RANK: Mapping[str, int] = {"viewer": 0, "researcher": 1, "admin": 2}
+MAX_STUDY = 1 << 20
+"""Bytes of a study file."""
+WATCH_SECONDS = 20.0
+MOST_FAILURES = 30
+"""Wrong tokens a minute; beyond it all tokens are refused, unread."""
+
+_log = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """What the admin door asks of the whole server (`server/serve.py`)."""
+
+    def status(self) -> dict[str, Any]: ...
+    def invite(self, site: str, hours: float) -> dict[str, Any]: ...
+    def revoke(self, site: str) -> None: ...
+    def rotate(self, sites: bool) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class _Route:
+    method: str
+    path: str
+    role: Role
+    answer: Callable[[Request, str], dict[str, Any]]
+
+
+class AdminDoor:
+    """Answers the requests of people. A path's `*` stands for one name, which the answer is given."""
+
+    def __init__(self, host: Host, roster: Roster, archive: Archive, exchange: Exchange, runs: Runs) -> None:
+        self._host, self._roster, self._archive = host, roster, archive
+        self._exchange, self._runs = exchange, runs
+        self._failures: list[float] = []
+        self._lock = threading.Lock()
+        self._routes = (
+            _Route("GET", "/v1/status", "viewer", lambda _, __: host.status()),
+            _Route("GET", "/v1/sites", "viewer", lambda _, __: {"sites": host.status()["sites"]}),
+            _Route("GET", "/v1/studies", "viewer", lambda _, __: {"studies": archive.studies()}),
+            _Route("GET", "/v1/studies/*", "viewer", lambda _, name: self._show(name)),
+            _Route("GET", "/v1/studies/*/events", "viewer", self._events),
+            _Route("POST", "/v1/studies", "researcher", lambda request, _: self._submit(request)),
+            _Route("POST", "/v1/studies/*/start", "admin", lambda _, name: {"run": runs.start(name)}),
+            _Route("POST", "/v1/studies/*/stop", "admin", lambda _, name: self._tell(runs.stop, name)),
+            _Route("POST", "/v1/studies/*/pause", "admin", lambda _, name: self._tell(runs.pause, name)),
+            _Route("POST", "/v1/studies/*/resume", "admin", lambda _, name: self._tell(runs.resume, name)),
+            _Route("POST", "/v1/sites/*/invite", "admin", self._invite),
+            _Route("POST", "/v1/sites/*/revoke", "admin", lambda _, name: self._revoke(name)),
+            _Route("POST", "/v1/rotate", "admin", self._rotate),
+            _Route("POST", "/v1/tokens/*", "admin", self._token),
+        )
+
+    def handle(self, request: Request) -> Response:
+        """One request of whoever holds a token."""
+        found = self._who(request)
+        if found is None:
+            return error_response(
+                401, "a token is needed: --dir on the server's machine, or CONSORTIUM_TOKEN"
+            )
+        name, role = found
+        for route in self._routes:
+            star = _match(route.path, request.path)
+            if star is None or route.method != request.method:
+                continue
+            if RANK[role] < RANK[route.role]:
+                return error_response(403, f"token '{name}' has the role {role}; {route.role} is needed")
+            if route.method != "GET":
+                _log.info("%s %s by token '%s'", route.method, request.path, name)
+            return json_response(route.answer(request, star))
+        return error_response(404, "there is no such route on the admin door")
+
+    def _who(self, request: Request) -> tuple[str, str] | None:
+        """Name and role of the request's token."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        now = time.monotonic()
+        with self._lock:
+            self._failures = [one for one in self._failures if now - one < 60.0]
+            if len(self._failures) >= MOST_FAILURES:
+                return None
+        found = self._roster.role_of(token) if scheme.lower() == "bearer" and token else None
+        if found is None:
+            with self._lock:
+                self._failures.append(now)
+        return found
+
+    def _submit(self, request: Request) -> dict[str, Any]:
+        document = _document(request, MAX_STUDY)
+        text = wire.field(document, "text", str)
+        study = Study.parse(text, source="the study")
+        if not study.built_in or ":" in study.strategy.name:
+            raise InputError(
+                f"study '{study.name}': brings code of its own; in this version only built-in tasks and strategies "
+                "run at sites"
+            )
+        self._archive.submit(study)
+        return {"study": study.name, "digest": study.digest}
+
+    def _show(self, name: str) -> dict[str, Any]:
+        return self._runs.show(name)
+
+    def _events(self, request: Request, name: str) -> dict[str, Any]:
+        """Events of a study's latest run after the one that is known; waits for some."""
+        after = request.query.get("after", "0")
+        if not after.isdecimal() or len(after) > 15:
+            raise InputError("after: the number of an event would be right")
+        return self._runs.events(name, int(after), WATCH_SECONDS)
+
+    def _tell(self, action: Callable[[str], None], name: str) -> dict[str, Any]:
+        action(name)
+        return self._runs.show(name)
+
+    def _invite(self, request: Request, name: str) -> dict[str, Any]:
+        hours = _document(request).get("hours", 72.0)
+        if not isinstance(hours, int | float) or isinstance(hours, bool) or not 0 < hours <= 24 * 30:
+            raise InputError("hours: a number above 0 and at most 720 would be right")
+        return self._host.invite(wire.site_name(name), float(hours))
+
+    def _revoke(self, name: str) -> dict[str, Any]:
+        self._host.revoke(name)
+        return {"site": name, "status": "revoked"}
+
+    def _rotate(self, request: Request, _: str) -> dict[str, Any]:
+        return self._host.rotate(_document(request).get("sites") is True)
+
+    def _token(self, request: Request, name: str) -> dict[str, Any]:
+        role = _document(request).get("role")
+        if role not in RANK:
+            raise InputError(f"role: got {str(role)[:40]!r}; one of {', '.join(RANK)} would be right")
+        return {"name": name, "role": role, "token": self._roster.new_token(name, str(role))}
+
+
+def _match(pattern: str, path: str) -> str | None:
+    """What `*` stands for in `path`, "" where the pattern has none; None where the path is another."""
+    wanted, found = pattern.split("/"), path.split("/")
+    if len(wanted) != len(found) or any(w not in ("*", f) for w, f in zip(wanted, found, strict=True)):
+        return None
+    return next((f for w, f in zip(wanted, found, strict=True) if w == "*"), "")
+
+
+def _document(request: Request, limit: int = wire.MAX_DOCUMENT) -> dict[str, Any]:
+    try:
+        document = json.loads(request.read(limit) or b"{}")
+    except (ValueError, RecursionError) as error:
+        raise InputError("the request is not JSON") from error
+    if not isinstance(document, dict):
+        raise InputError("the request is not a JSON object")
+    return document

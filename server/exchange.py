@@ -1,0 +1,280 @@
+"""What is asked of which site now, and what came back: the table between the site door and the runs.
+
+A run asks its cohort (`ask`), each site's poll takes the offer that is meant for it (`offer`), and its answer is
+spooled to a file and handed to the run (`taken`, `answers`). An offer stays until it is answered, the run asks anew or
+ends, so a connection that breaks, or a site that starts anew, costs nothing but time. All of it is in memory: after a
+restart of the server a run asks again.
+
+A site is at hand while a poll of its is open, and for a moment after one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from consortium.protocol.messages import Header, parse
+
+GRACE = 10.0
+"""Seconds between two polls in which a site still counts as at hand."""
+SLACK = 1.05
+"""How much larger than one travelling vector an answer's content may be, beside 1 MiB for its counts."""
+
+
+class Spooled:
+    """A file without a name, on disk: nothing is left of it when nobody refers to it any more.
+
+    fd: its descriptor; whoever hands it on duplicates it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._closed = weakref.finalize(self, os.close, fd)
+
+    @classmethod
+    def new(cls, folder: Path) -> Spooled:
+        """An empty one on the disk of `folder`."""
+        return cls(os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One instruction for one site, signed. content: None where it has none; length: its bytes."""
+
+    run: str
+    site: str
+    nonce: str
+    header: bytes
+    signature: bytes
+    content: Spooled | None
+    length: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Received:
+    """An answer that came, or why a site's cannot be used. content: a file, None where the answer has none."""
+
+    site: str
+    header: bytes = b""
+    content: Spooled | None = None
+    reason: str = ""
+
+
+@dataclass
+class _Asked:
+    """What one run asks at the moment. waiting: offers by site. answered: digests of headers by nonce."""
+
+    waiting: dict[str, Offer]
+    answered: dict[str, str] = field(default_factory=dict)
+    came: queue.SimpleQueue[Received | None] = field(default_factory=queue.SimpleQueue)
+    handed: int = 0
+    total: int = 0
+
+
+@dataclass
+class _Presence:
+    """One site: descriptors that wake its open polls, and when one was last open."""
+
+    wakes: set[int] = field(default_factory=set)
+    last: float = 0.0
+    since: float = 0.0
+    paused: bool = False
+
+
+@dataclass(frozen=True)
+class Presence:
+    """How a site stands. since: when it came or went, seconds since the epoch; 0 where it never came."""
+
+    connected: bool
+    paused: bool
+    since: float
+
+
+class Exchange:
+    """For any number of threads.
+
+    sign: gives the signature of an instruction's header. spool: a folder on the disk that answers are written to.
+    member: whether a site belongs to the federation now.
+    """
+
+    def __init__(
+        self,
+        sign: Callable[[bytes], bytes],
+        spool: Path,
+        member: Callable[[str], bool],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._sign, self.spool, self._member, self._clock = sign, spool, member, clock
+        self._lock = threading.RLock()
+        self._moved = threading.Condition(self._lock)
+        self._sites: dict[str, _Presence] = {}
+        self._asked: dict[str, _Asked] = {}
+
+    # What the site door calls
+
+    @contextmanager
+    def polling(self, site: str, paused: bool) -> Iterator[int]:
+        """While the block lasts the site is at hand; gives a descriptor that is readable when there is news for it."""
+        wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        with self._lock:
+            one = self._sites.setdefault(site, _Presence())
+            if not self._at_hand(one) or one.paused != paused:
+                one.since = self._clock()
+            one.wakes.add(wake)
+            one.paused = paused
+            self._moved.notify_all()
+        try:
+            yield wake
+            with self._lock:
+                one.last = time.monotonic()
+        finally:
+            with self._lock:
+                one.wakes.discard(wake)
+                os.close(wake)
+
+    def gone(self, site: str) -> None:
+        """The site's connection ended: it is not at hand, unless another poll of its is open."""
+        with self._lock:
+            one = self._sites.get(site)
+            if one is not None and not one.wakes:
+                one.last, one.since = 0.0, self._clock()
+                self._moved.notify_all()
+
+    def offer(self, site: str, have: frozenset[str]) -> Offer | None:
+        """An instruction that waits for this site and is not among the nonces that it has."""
+        with self._lock:
+            if not self._member(site):
+                return None
+            for asked in self._asked.values():
+                offer = asked.waiting.get(site)
+                if offer is not None and offer.nonce not in have:
+                    return offer
+            return None
+
+    def open_for(self, site: str) -> list[str]:
+        """Names of the runs whose instruction this site has not answered yet."""
+        with self._lock:
+            return [run for run, asked in self._asked.items() if site in asked.waiting]
+
+    def asked(self, site: str, nonce: str) -> Offer | None:
+        """The open offer of that nonce to that site."""
+        with self._lock:
+            for asked in self._asked.values():
+                offer = asked.waiting.get(site)
+                if offer is not None and offer.nonce == nonce:
+                    return offer
+            return None
+
+    def repeated(self, nonce: str, header: bytes) -> bool | None:
+        """Whether this very answer was taken before; None where that nonce was not answered."""
+        with self._lock:
+            for asked in self._asked.values():
+                if nonce in asked.answered:
+                    return asked.answered[nonce] == hashlib.sha256(header).hexdigest()
+            return None
+
+    def taken(self, offer: Offer, received: Received) -> bool:
+        """Hand an answer, or the reason why it is none, to the run; False where the offer is not open any more."""
+        with self._lock:
+            asked = self._asked.get(offer.run)
+            if asked is None or asked.waiting.get(offer.site) is not offer:
+                return False
+            del asked.waiting[offer.site]
+            asked.answered[offer.nonce] = hashlib.sha256(received.header).hexdigest()
+            asked.came.put(received)
+            return True
+
+    def drop(self, site: str, reason: str) -> None:
+        """Take back all that is asked of a site: it does not belong to the federation any more."""
+        with self._lock:
+            for asked in self._asked.values():
+                if asked.waiting.pop(site, None) is not None:
+                    asked.came.put(Received(site, reason=reason))
+            self._sites.pop(site, None)
+            self._moved.notify_all()
+
+    # What the runs call
+
+    def connected(self) -> list[str]:
+        """Names of the sites that can be asked now, sorted."""
+        with self._lock:
+            return sorted(
+                name
+                for name, one in self._sites.items()
+                if self._at_hand(one) and not one.paused and self._member(name)
+            )
+
+    def presence(self, site: str) -> Presence:
+        """How a site stands."""
+        with self._lock:
+            one = self._sites.get(site, _Presence())
+            return Presence(self._at_hand(one), one.paused, one.since)
+
+    def ask(
+        self, run: str, headers: Mapping[str, bytes], content: int | None, largest: int
+    ) -> dict[str, str]:
+        """Sign and offer each site its instruction; what the run asked before is withdrawn.
+
+        headers: of `messages.encode(instruction.to(site))`, by site. content: the descriptor of a file that all of them
+        share; it is duplicated. largest: bytes of an answer's content.
+
+        Returns reasons by site of those that cannot be asked.
+        """
+        shared = Spooled(os.dup(content)) if content is not None else None
+        offers, refused = {}, {}
+        for site, header in headers.items():
+            if not self._member(site):
+                refused[site] = "does not belong to the federation any more"
+                continue
+            about: Header = parse(header)
+            nonce = str(about.fields["nonce"])
+            signature = self._sign(header)
+            offers[site] = Offer(run, site, nonce, header, signature, shared, about.length, largest)
+        with self._lock:
+            self.withdraw(run)
+            self._asked[run] = _Asked(dict(offers), total=len(offers))
+            for site in offers:
+                self._wake(site)
+        return refused
+
+    def answers(self, run: str, seconds: float) -> Received | None:
+        """The next answer to what a run asked; None when all have come, time is over or the run asks no more."""
+        with self._lock:
+            asked = self._asked.get(run)
+        if asked is None or asked.handed == asked.total:
+            return None
+        try:
+            received = asked.came.get(timeout=max(0.0, seconds))
+        except queue.Empty:
+            return None
+        asked.handed += received is not None
+        return received
+
+    def withdraw(self, run: str) -> None:
+        """Take back what a run asked; whoever waits for its answers stops."""
+        with self._lock:
+            asked = self._asked.pop(run, None)
+            if asked is not None:
+                asked.came.put(None)
+
+    def wait_more(self, known: set[str], seconds: float) -> bool:
+        """Wait until a site is at hand that is not among `known`; False where time is over first."""
+        with self._moved:
+            return self._moved.wait_for(lambda: bool(set(self.connected()) - known), seconds)
+
+    def _at_hand(self, one: _Presence) -> bool:
+        return bool(one.wakes) or (one.last > 0 and time.monotonic() - one.last < GRACE)
+
+    def _wake(self, site: str) -> None:
+        one = self._sites.get(site)
+        for wake in one.wakes if one is not None else ():
+            os.eventfd_write(wake, 1)

@@ -1,0 +1,231 @@
+"""The server of a federation, assembled: three doors, the roster, and the runs.
+
+site door    9440   TLS 1.3, a client certificate of a site on the roster
+enrolment    9442   open only while an invitation is outstanding
+admin door   9441   loopback, tokens with roles
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.joincode import JoinCode
+from consortium.protocol.keys import Lock
+from consortium.protocol.signing import INSTRUCTION, sign
+from consortium.server.admin_door import AdminDoor
+from consortium.server.archive import Archive
+from consortium.server.enrolment import Enrolment
+from consortium.server.exchange import Exchange
+from consortium.server.federation import Federation
+from consortium.server.listener import Caps, Listener
+from consortium.server.roster import Roster
+from consortium.server.runs import Runs
+from consortium.server.site_door import SiteDoor
+from consortium.server.store import Store
+
+HOUSEKEEPING = 5.0
+"""Seconds between two looks at what expires."""
+ENDING = 5.0
+"""Seconds that requests under way have when the server ends."""
+ENROLMENT = Caps(pending=64, per_address=8, seconds=5.0, body_seconds=10.0)
+ADMIN = Caps(pending=64, per_address=64, seconds=5.0, idle=60.0)
+
+_log = logging.getLogger(__name__)
+
+
+class Server:
+    """One running server over the folder of its federation."""
+
+    def __init__(self, federation: Federation) -> None:
+        self.federation = federation
+        folder = federation.folder
+        self.store = Store(folder / "consortium.db")
+        self.roster = Roster(self.store)
+        self.archive = Archive(self.store, folder / "checkpoints")
+        spool = folder / "spool"
+        spool.mkdir(mode=0o700, exist_ok=True)
+        self.exchange = Exchange(self._sign, spool, self.roster.is_member)
+        self.runs = Runs(self.archive, self.exchange, folder, federation.config.name)
+        config = federation.config
+        site_door = SiteDoor(federation, self.roster, self.archive, self.exchange)
+        self.site_door = Listener(
+            config.bind, config.port, federation.site_context, site_door.handle, Caps(), self.roster.admit
+        )
+        admin_door = AdminDoor(self, self.roster, self.archive, self.exchange, self.runs)
+        self.admin_door = Listener(
+            config.admin_bind, config.admin_port, federation.open_context, admin_door.handle, ADMIN, None
+        )
+        self._enrolment_handler = Enrolment(federation, self.roster, self._follow_invitations)
+        self._enrolment: Listener | None = None
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Open the doors, then take up unfinished runs.
+
+        Raises:
+            InputError: a port is taken.
+        """
+        self.site_door.start()
+        self.admin_door.start()
+        self._follow_invitations()
+        self.runs.take_up()
+        threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
+
+    def stop(self) -> None:
+        """Close the doors and end the runs' processes; runs continue when the server is started again."""
+        self._ended.set()
+        self.runs.close()
+        with self._lock:
+            doors = [self.site_door, self.admin_door, *([self._enrolment] if self._enrolment else [])]
+        for door in doors:
+            door.stop(ENDING)
+        self.store.close()
+
+    def _sign(self, header: bytes) -> bytes:
+        return sign(self.federation.instruction_key, INSTRUCTION, header)
+
+    # What the admin door asks
+
+    def status(self) -> dict[str, Any]:
+        """One document about the server, its sites and its runs."""
+        config = self.federation.config
+        return {
+            "federation": config.name,
+            "version": version("consortium"),
+            "root": self.federation.root_fingerprint,
+            "doors": {
+                "site": f"{config.bind}:{self.site_door.port}",
+                "admin": f"{config.admin_bind}:{self.admin_door.port}",
+                "enrolment": f"{config.bind}:{self._enrolment.port}" if self._enrolment else None,
+            },
+            "sites": [self._site(one) for one in self.roster.sites()],
+            "runs": self.runs.list(),
+        }
+
+    def _site(self, one: dict[str, Any]) -> dict[str, Any]:
+        presence = self.exchange.presence(one["name"])
+        return one | {
+            "connected": presence.connected,
+            "paused": presence.paused,
+            "seen": presence.since or None,
+            "asked": self.exchange.open_for(one["name"]),
+            "last_error": self.runs.last_error(one["name"]),
+        }
+
+    def invite(self, site: str, hours: float) -> dict[str, Any]:
+        """A one-time code for a site; the enrolment door opens for it."""
+        secret, expires = self.roster.invite(site, hours * 3600)
+        config = self.federation.config
+        code = JoinCode(
+            federation=config.name,
+            site=site,
+            host=config.host,
+            port=self.site_door.port,
+            enrol_port=config.enrol_port,
+            root=self.federation.root_fingerprint,
+            secret=secret,
+        )
+        self._follow_invitations()
+        return {"site": site, "code": code.text(), "expires": expires}
+
+    def revoke(self, site: str) -> None:
+        """Shut a site out at once: its certificates, its connections, what it is asked."""
+        self.roster.revoke(site)
+        self.exchange.drop(site, "was revoked")
+        self.site_door.cut(site)
+        self._follow_invitations()
+        _log.info("site %s: revoked", site)
+
+    def rotate(self, sites: bool) -> dict[str, Any]:
+        """New server certificate, issuing authority and instruction key; or, for `sites`, new certificates there."""
+        if sites:
+            return {"renewing": self.roster.ask_renewal()}
+        self.federation.rotate(time.time())
+        return {"trust": self.federation.trust_serial}
+
+    # Its own upkeep
+
+    def _keep_house(self) -> None:
+        while not self._ended.wait(HOUSEKEEPING):
+            try:
+                self._follow_invitations()
+                self.federation.renew_if_due(time.time())
+                for site in self.roster.expired():
+                    self.site_door.cut(site)
+            except ConsortiumError as error:
+                _log.error("housekeeping: %s", error)
+
+    def _follow_invitations(self) -> None:
+        """Open the enrolment door while an invitation is outstanding, and close it when none is."""
+        with self._lock:
+            wanted = self.roster.outstanding() and not self._ended.is_set()
+            if wanted and self._enrolment is None:
+                config = self.federation.config
+                door = Listener(
+                    config.bind,
+                    config.enrol_port,
+                    self.federation.open_context,
+                    self._enrolment_handler.handle,
+                    ENROLMENT,
+                    None,
+                )
+                door.start()
+                self._enrolment = door
+                _log.info("enrolment door: open on port %d", door.port)
+            elif not wanted and self._enrolment is not None:
+                door, self._enrolment = self._enrolment, None
+                # Not by the thread of the request that closed it: that one still answers.
+                threading.Thread(target=door.stop, args=(ENDING,), daemon=True).start()
+                _log.info("enrolment door: closed, no invitation is outstanding")
+
+
+def serve(folder: Path, lock: Lock | None = None) -> None:
+    """Run the server of a federation until SIGTERM or SIGINT.
+
+    Raises:
+        InputError: the folder holds none, another server runs over it, or a port is taken.
+    """
+    federation = Federation.open(folder, lock)
+    with _alone(folder):
+        server = Server(federation)
+        ended = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: ended.set())
+        try:
+            server.start()
+            config = federation.config
+            _log.info("federation %s: site door on %s:%d", config.name, config.bind, server.site_door.port)
+            _log.info("admin door on %s:%d", config.admin_bind, server.admin_door.port)
+            ended.wait()
+            _log.info("ending")
+        finally:
+            server.stop()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other server runs over the same folder while the block lasts."""
+    descriptor = os.open(folder / "server.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConsortiumError(
+            f"{folder}: a server runs over it already; see: consortium server status --dir {folder}"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)

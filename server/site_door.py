@@ -1,0 +1,207 @@
+"""The site door: what a site may ask of the server, and the form in which its answers come in.
+
+Whoever speaks here has shown a certificate of this federation that the roster knows; its name is `request.peer`, never
+something that it says. An answer is taken only for an instruction that this very site was given, signed by the identity
+key that it joined with, no larger than the study's model allows, and with the content that its header names. Nothing of
+it is parsed before its signature is verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from consortium.protocol import wire
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
+from consortium.protocol.messages import Header, parse
+from consortium.protocol.signing import ANSWER, public_key, verify
+from consortium.protocol.wire import CHUNK
+from consortium.server.archive import Archive
+from consortium.server.exchange import Exchange, Offer, Received, Spooled
+from consortium.server.federation import Federation
+from consortium.server.listener import PeerGone, Request, Response, error_response, json_response
+from consortium.server.roster import Roster
+
+MOST_NONCES = 64
+"""How many instructions a site can have in hand."""
+
+_log = logging.getLogger(__name__)
+
+
+class SiteDoor:
+    """Answers the requests of sites."""
+
+    def __init__(self, federation: Federation, roster: Roster, archive: Archive, exchange: Exchange) -> None:
+        self._federation, self._roster, self._archive = federation, roster, archive
+        self._exchange = exchange
+
+    def handle(self, request: Request) -> Response:
+        """One request of the site `request.peer`."""
+        site = request.peer
+        assert site is not None  # the listener lets nobody else in
+        for method, path, answer in self._routes():
+            if request.path == path or (path.endswith("/") and request.path.startswith(path)):
+                return (
+                    answer(request, site)
+                    if request.method == method
+                    else error_response(405, f"use {method}")
+                )
+        return error_response(404, "there is no such route on the site door")
+
+    def _routes(self) -> list[tuple[str, str, Callable[[Request, str], Response]]]:
+        return [
+            ("POST", wire.POLL, self._poll),
+            ("PUT", wire.ANSWERS, self._answer),
+            ("GET", wire.STUDIES, self._study),
+            ("GET", wire.TRUST, self._trust),
+            ("POST", wire.RENEW, self._renew),
+            ("POST", wire.LEAVE, self._leave),
+        ]
+
+    def _poll(self, request: Request, site: str) -> Response:
+        """Wait until there is something for the site to do, and say what."""
+        document = _document(request)
+        paused = wire.field(document, "paused", bool)
+        have = _nonces(document)
+        end = time.monotonic() + wire.POLL_SECONDS
+        notice = {wire.NOTICE: self._notice(site)}
+        try:
+            with self._exchange.polling(site, paused) as news:
+                while True:
+                    offer = None if paused else self._exchange.offer(site, have)
+                    if offer is not None:
+                        return _frame(offer, notice)
+                    if not request.wait(news, max(0.0, end - time.monotonic())):
+                        return Response(204, headers=notice)
+                    os.eventfd_read(news)
+        except PeerGone:
+            self._exchange.gone(site)
+            raise
+
+    def _notice(self, site: str) -> str:
+        words = [f"trust={self._federation.trust_serial}"]
+        if self._roster.renewal_due(site):
+            words.append("renew")
+        return " ".join(words)
+
+    def _answer(self, request: Request, site: str) -> Response:
+        """Take one answer; the same bytes again are taken again, others for the same instruction are not."""
+        nonce = request.path.removeprefix(wire.ANSWERS)
+        header, signature = wire.read_preamble(request.read_exactly)
+        before = self._exchange.repeated(nonce, header)
+        if before is not None:
+            return (
+                json_response({"taken": True})
+                if before
+                else error_response(409, "was answered otherwise before")
+            )
+        offer = self._exchange.asked(site, nonce)
+        if offer is None:
+            return error_response(410, "is not asked, or not any more")
+        try:
+            about = self._checked(header, signature, offer)
+            content = self._content(request, about) if about.length else None
+        except IntegrityError as error:
+            _log.warning("site %s: its answer is refused: %s", site, error)
+            self._exchange.taken(offer, Received(site, header, reason=str(error)))
+            return error_response(400, str(error))
+        if not self._exchange.taken(offer, Received(site, header, content)):
+            return error_response(410, "is not asked any more")
+        return json_response({"taken": True})
+
+    def _checked(self, header: bytes, signature: bytes, offer: Offer) -> Header:
+        """The header of an answer to `offer`, or an IntegrityError that says what it is not."""
+        verify(public_key(self._roster.identity(offer.site)), ANSWER, header, signature)
+        about = parse(header)
+        if (
+            about.type != "answer"
+            or about.fields["site"] != offer.site
+            or about.fields["nonce"] != offer.nonce
+        ):
+            raise IntegrityError("is not the answer to what this site was asked")
+        if about.length > offer.largest:
+            raise IntegrityError(
+                f"the content has {about.length} bytes; the study's layout allows {offer.largest}"
+            )
+        return about
+
+    def _content(self, request: Request, about: Header) -> Spooled:
+        """The content of an answer, on disk; its hash is that of the header."""
+        content, sha, left = Spooled.new(self._exchange.spool), hashlib.sha256(), about.length
+        buffer = memoryview(bytearray(min(CHUNK, left)))
+        while left:
+            count = request.read_into(buffer[: min(len(buffer), left)])
+            if not count:
+                raise PeerGone("the connection ended within an answer")  # it may be sent again
+            sha.update(buffer[:count])
+            _write(content.fd, buffer[:count])
+            left -= count
+        if sha.hexdigest() != about.sha256:
+            raise IntegrityError("the content's SHA-256 is not what the header says")
+        return content
+
+    def _study(self, request: Request, site: str) -> Response:
+        text = self._archive.text_of(request.path.removeprefix(wire.STUDIES))
+        if text is None:
+            return error_response(404, "there is no study of that digest")
+        return Response(200, text.encode(), "application/toml; charset=utf-8")
+
+    def _trust(self, request: Request, site: str) -> Response:
+        return json_response(self._federation.trust())
+
+    def _renew(self, request: Request, site: str) -> Response:
+        csr = wire.field(_document(request), "csr", str)
+        chain = self._federation.issue(self._roster, site, csr)
+        _log.info("site %s: its certificate is renewed", site)
+        return json_response({"chain": chain})
+
+    def _leave(self, request: Request, site: str) -> Response:
+        self._roster.leave(site)
+        self._exchange.drop(site, "has left the federation")
+        _log.info("site %s: has left the federation", site)
+        return json_response({"left": True})
+
+
+def _document(request: Request) -> dict[str, Any]:
+    try:
+        document = json.loads(request.read(wire.MAX_DOCUMENT))
+    except (ValueError, RecursionError) as error:
+        raise InputError("the request is not JSON") from error
+    if not isinstance(document, dict) or document.get("format") != wire.FORMAT:
+        raise InputError(f"the request is not a JSON object of format {wire.FORMAT}")
+    return document
+
+
+def _nonces(document: dict[str, Any]) -> frozenset[str]:
+    have = wire.field(document, "have", list)
+    if len(have) > MOST_NONCES or any(type(one) is not str or len(one) > 64 for one in have):
+        raise InputError(f"field 'have': at most {MOST_NONCES} nonces were expected")
+    return frozenset(have)
+
+
+def _frame(offer: Offer, notice: dict[str, str]) -> Response:
+    start = wire.preamble(offer.header, offer.signature)
+    length = len(start) + offer.length
+    return Response(200, b"", "application/octet-stream", notice, _pieces(start, offer), length)
+
+
+def _pieces(start: bytes, offer: Offer) -> Iterator[bytes]:
+    yield start
+    place = 0
+    while place < offer.length:
+        assert offer.content is not None
+        piece = os.pread(offer.content.fd, min(CHUNK, offer.length - place), place)
+        if not piece:
+            raise ConsortiumError("the content file is shorter than its header says")
+        yield piece
+        place += len(piece)
+
+
+def _write(fd: int, piece: memoryview) -> None:
+    while piece:
+        piece = piece[os.write(fd, piece) :]

@@ -1,0 +1,229 @@
+"""The commands `consortium study ...`: check, submit, start, watch, stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from consortium.protocol.errors import ConsortiumError, InputError
+from consortium.server.server_cli import Folder, Json, Url
+
+study = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Name = Annotated[str, typer.Argument(help="The study's name.")]
+
+
+@study.callback()
+def _study() -> None:
+    """Check a study file, hand it to a federation, and follow it.
+
+    Example: consortium study check study.toml
+    """
+
+
+@study.command()
+def check(
+    path: Annotated[Path, typer.Argument(metavar="STUDY", help="The study file (TOML).")],
+    as_json: Json = False,
+) -> None:
+    """Read a study file and say what it does, or everything that is wrong with it.
+
+    Example: consortium study check study.toml
+    """
+    from consortium.protocol.study import Study
+
+    loaded = Study.load(path)
+    _own_code_is_there(loaded)
+    summary = _summary(loaded)
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    for key, value in summary.items():
+        typer.echo(f"{key:12} {value}")
+    typer.echo(f"\nNext: consortium simulate {path} --data FILE ...")
+
+
+@study.command()
+def submit(
+    path: Annotated[Path, typer.Argument(metavar="STUDY", help="The study file (TOML).")],
+    folder: Folder = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Hand a study to the server. Nothing runs before it is started.
+
+    Example: consortium study submit study.toml --dir fed
+    """
+    from consortium.protocol.study import Study
+    from consortium.server.admin_client import connect
+
+    loaded = Study.load(path)
+    said = connect(folder, url).post("/v1/studies", text=loaded.text)
+    if as_json:
+        typer.echo(json.dumps(said))
+        return
+    typer.echo(f"study {said['study']}: submitted, {said['digest']}")
+    typer.echo(f"\nNext: consortium study start {said['study']}")
+
+
+@study.command()
+def start(name: Name, folder: Folder = None, url: Url = None, as_json: Json = False) -> None:
+    """Start a run of a submitted study. It waits until enough sites are connected.
+
+    Example: consortium study start breast-cancer --dir fed
+    """
+    from consortium.server.admin_client import connect, name_in_path
+
+    said = connect(folder, url).post(f"/v1/studies/{name_in_path(name)}/start")
+    if as_json:
+        typer.echo(json.dumps(said))
+        return
+    typer.echo(f"run {said['run']}: started")
+    typer.echo(f"\nNext: consortium study watch {name}")
+
+
+@study.command()
+def watch(name: Name, folder: Folder = None, url: Url = None, as_json: Json = False) -> None:
+    """Follow a study's latest run until it is over; exit code 1 where it failed. --json prints a JSON line an event.
+
+    Example: consortium study watch breast-cancer --dir fed
+    """
+    from consortium.server.admin_client import connect
+
+    state, why = "", ""
+    for found in connect(folder, url).events(name):
+        for event in found["events"]:
+            typer.echo(json.dumps(event) if as_json else line(event))
+        state, why = found["state"], found["why"]
+    if state == "failed":
+        raise ConsortiumError(f"study '{name}': failed; {why}")
+    if not as_json:
+        typer.echo(f"{_stands(state, why)}\n\nNext: consortium study show {name}")
+
+
+def _command(action: str, what: str) -> None:
+    """One of the commands that tell a run something."""
+
+    def tell(name: Name, folder: Folder = None, url: Url = None, as_json: Json = False) -> None:
+        from consortium.server.admin_client import connect, name_in_path
+
+        said = connect(folder, url).post(f"/v1/studies/{name_in_path(name)}/{action}")
+        typer.echo(json.dumps(said) if as_json else f"run {said['run']}: {said['state']}")
+
+    tell.__doc__ = f"{what}\n\nExample: consortium study {action} breast-cancer --dir fed"
+    study.command(name=action)(tell)
+
+
+_command("stop", "End a study's run for good; what was committed stays.")
+_command("pause", "Let the round under way end, and ask for no other until `resume`.")
+_command("resume", "Go on with a paused run.")
+
+
+@study.command()
+def show(name: Name, folder: Folder = None, url: Url = None, as_json: Json = False) -> None:
+    """Show how a study's latest run stands: state, round, metrics, each site's last error, where the model lies.
+
+    Example: consortium study show breast-cancer --dir fed
+    """
+    from consortium.server.admin_client import connect, name_in_path
+
+    said = connect(folder, url).get(f"/v1/studies/{name_in_path(name)}")
+    typer.echo(json.dumps(said) if as_json else _page(said))
+
+
+@study.command(name="list")
+def list_(folder: Folder = None, url: Url = None, as_json: Json = False) -> None:
+    """List the submitted studies and how their latest runs stand.
+
+    Example: consortium study list --dir fed
+    """
+    from consortium.server.admin_client import connect
+
+    said = connect(folder, url).get("/v1/studies")
+    if as_json:
+        typer.echo(json.dumps(said))
+        return
+    for one in said["studies"]:
+        typer.echo(f"{one['name']:<32} {one['state']:<20} {one['digest'][:16]}")
+    if not said["studies"]:
+        typer.echo("no study yet; submit one: consortium study submit study.toml")
+
+
+def line(event: dict[str, Any]) -> str:
+    """An event of a run, on one line."""
+    if event["kind"] == "evaluation":
+        known = [f"{name} {value:.4f}" for name, value in event["pooled"].items() if value is not None]
+        return (
+            f"model after round {event['round']}: {', '.join(known) or 'no metric'} at the sites' test rows"
+        )
+    if event["kind"] == "round":
+        what = f"round {event['round']}" if event["round"] else "statistics for preprocessing"
+        left_out = "".join(f"; left out: {site} ({why})" for site, why in event["left_out"].items())
+        void = f"; void: {event['void']}" if event["void"] else ""
+        counted = f"{len(event['admitted'])} of {len(event['asked'])} answers"
+        return f"{what}: {counted}, {event['seconds']:.2f} s{left_out}{void}"
+    return _stands(event["state"], event["why"])
+
+
+def _stands(state: str, why: str) -> str:
+    return f"{state}: {why}" if why else state
+
+
+def _page(said: dict[str, Any]) -> str:
+    lines = [
+        f"study       {said['study']}, {said['digest']}",
+        f"run         {said['run'] or 'none yet'}  {_stands(said['state'], said['why'])}",
+    ]
+    if said["run"]:
+        lines.append(f"round       {said['round']} of {said['rounds']}")
+    for site, one in said["sites"].items():
+        error = f"; last error: {one['last_error']}" if one["last_error"] else ""
+        lines.append(f"site        {site:<24} counted last in round {one['last_round']}{error}")
+    if said["evaluation"]:
+        known = [f"{k} {v:.4f}" for k, v in said["evaluation"]["pooled"].items() if v is not None]
+        lines.append(f"metrics     {', '.join(known)} (model after round {said['evaluation']['round']})")
+    if said["model"]:
+        lines += [f"model       {said['model']}", "", f"Next: consortium model show {said['model']}"]
+    return "\n".join(lines)
+
+
+def _own_code_is_there(study: Any) -> None:
+    """Code is looked for, not run: checking a study executes nothing of it."""
+    for reference in (study.task, study.strategy.name):
+        module = reference.partition(":")[0]
+        if ":" not in reference or module.startswith("consortium."):
+            continue
+        file = study.folder.joinpath(*module.split(".")).with_suffix(".py")
+        if not file.is_file():
+            raise InputError(
+                f"{reference}: there is no {file}; put the file that defines it beside the study"
+            )
+
+
+def _summary(study: Any) -> dict[str, Any]:
+    training = study.training
+    local = (
+        f"{training.local_steps} steps" if training.local_steps else f"{training.local_epochs or 1} epoch(s)"
+    )
+    size = study.cohort.size
+    return {
+        "study": study.name,
+        "digest": study.digest,
+        "task": study.task,
+        "rounds": study.rounds,
+        "local": f"{local} of {training.optimizer}, lr {training.lr}, batches of {training.batch_size}",
+        "strategy": study.strategy.table(),
+        "cohort": f"{size or 'all'} sites a round, at least {study.cohort.min_sites} answers",
+        "evaluation": f"{study.metric or 'no metric'}, the {study.evaluation.select} model is kept",
+        "leaves": "updates of shared weights, counts of metrics, and sums over declared ranges for preprocessing",
+        "privacy": "none: updates and counts are not noised and may reveal records",
+        "export": study.export.formats,
+    }
