@@ -17,6 +17,7 @@ from safetensors.numpy import save
 
 from consortium.client.site import Memory
 from consortium.protocol.errors import IntegrityError
+from consortium.protocol.files import sync_folder
 from consortium.protocol.layout import Vector
 from consortium.protocol.messages import Answer, Instruction, decode, encode
 
@@ -94,3 +95,4 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._path)
+        sync_folder(self._path.parent)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import sqlalchemy
+from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from consortium.client.columns import Column, called, convert
@@ -62,6 +64,15 @@ def read(source: Source, columns: Sequence[Column]) -> pd.DataFrame:
         right = "Correct the table, or the site's mapping (docs/data.md), and try again"
         raise InputError(f"{table.where}: {count(len(problems), 'mistake')}\n{lines}\n{right}")
     return pd.DataFrame(done)
+
+
+def names(source: Source) -> list[str]:
+    """The names of the columns of a site's table, as they are there.
+
+    Raises:
+        InputError: as `read`, where the table cannot be opened.
+    """
+    return list(_open(source, parse(source.mapping, f"site '{source.site}', mapping")).names)
 
 
 def _open(source: Source, mapping: SiteMapping) -> _Table:
@@ -175,6 +186,20 @@ _ENCODING = (
 
 
 def _sql(site: str, source: SourceMap) -> _Table:
+    with queried(site, source) as result:
+        frame = pd.DataFrame(result.fetchall(), columns=list(result.keys()), dtype=object)
+    return _Table(
+        f"{site}, source.sql", [str(name) for name in frame.columns], lambda names: frame[list(names)]
+    )
+
+
+@contextmanager
+def queried(site: str, source: SourceMap) -> Iterator[CursorResult[Any]]:
+    """The result of the mapping's query, which is read within the block. site: names the site in errors.
+
+    Raises:
+        InputError: the database cannot be reached, or refuses; what it said is a note of the error.
+    """
     try:
         url = database(source)
     except InputError as error:
@@ -187,8 +212,7 @@ def _sql(site: str, source: SourceMap) -> _Table:
     try:
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
         with engine.connect() as connection:
-            result = connection.exec_driver_sql(source.sql or "")
-            frame = pd.DataFrame(result.fetchall(), columns=list(result.keys()), dtype=object)
+            yield connection.exec_driver_sql(source.sql or "")
     except (ImportError, NoSuchModuleError) as error:
         name = url.drivername
         raise InputError(
@@ -201,7 +225,6 @@ def _sql(site: str, source: SourceMap) -> _Table:
         refusal = InputError(f"{where}: the database refused ({type(said).__name__}); {right}")
         refusal.add_note(f"The database said: {said}")
         raise refusal from error
-    return _Table(where, [str(name) for name in frame.columns], lambda names: frame[list(names)])
 
 
 def _absent(columns: Sequence[Column], mapping: SiteMapping, names: Sequence[str]) -> list[str]:

@@ -2,11 +2,13 @@
 
     python -m consortium.client.worker initial FOLDER --code CODE [--control-variates]
     python -m consortium.client.worker export FOLDER --code CODE [--control-variates]
+    python -m consortium.client.worker serve FD
 
-Both sides talk through files in FOLDER, none of them a pickle. In: `study.toml`; for `export` also `model.bin` (the
-`shared` vector), perhaps `local.bin`, and `statistics.npz` (the sums of all sites). Out, of `initial`: `initial.bin`,
-`layout.json`, `task.json`. Out, of `export`: `model.onnx`, `model.safetensors`, `signature.json`, and a
-`probe-N.npz` of N rows for each batch size by which the graph is to be compared with the model.
+`serve` answers a site's instructions over the socket FD (`client/serving_worker.py`). In the others both sides talk
+through files in FOLDER, none of them a pickle. In: `study.toml`; for `export` also `model.bin` (the `shared` vector),
+perhaps `local.bin`, and `statistics.npz` (the sums of all sites). Out, of `initial`: `initial.bin`, `layout.json`,
+`task.json`. Out, of `export`: `model.onnx`, `model.safetensors`, `signature.json`, and a `probe-N.npz` of N rows for
+each batch size by which the graph is to be compared with the model.
 
 The process ends with the exit code of its error, which stands in `error.json`: `kind` and `message`.
 """
@@ -30,6 +32,11 @@ from consortium.protocol.study import Study
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do one thing; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) == 2 and arguments[0] == "serve":
+        from consortium.client.serving_worker import serve
+
+        return serve(int(arguments[1]))
     parser = argparse.ArgumentParser(prog="python -m consortium.client.worker")
     parser.add_argument("command", choices=["initial", "export"])
     parser.add_argument("folder", type=Path)

@@ -1,0 +1,268 @@
+"""The agent: the program of a site that talks to the server. It dials out only, and imports nothing that computes.
+
+One thread polls, always, also while work goes on; one works; one sends answers. An instruction that was verified
+(`client/inbox.py`) goes through the policy to the run's worker (`client/work.py`), and what the worker says is checked
+to be an answer to that instruction, signed with the site's identity key, and sent until it is taken
+(`client/outbox.py`). Nothing is lost when the agent ends at any moment: the server asks again, and the worker gives
+the answer that it kept (`client/store.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from consortium.client.hand import Hand
+from consortium.client.home import Home
+from consortium.client.inbox import Taken
+from consortium.client.link import Link
+from consortium.client.outbox import Letter, Outbox, Outcome
+from consortium.client.poller import Connector, Poller, Renew
+from consortium.client.seen import Place, Seen
+from consortium.client.work import Answered, Given, Interrupted, Work
+from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
+from consortium.protocol.files import sync_folder, write_private
+from consortium.protocol.keys import Lock
+from consortium.protocol.messages import Answer, encode, parse
+from consortium.protocol.signing import ANSWER, sign
+
+LONGEST_REASON = 2000
+RECENT = 24 * 3600.0
+"""Seconds for which a run that asks nothing keeps its copy of the data."""
+TIDYING = 60.0
+"""Seconds between two looks at what is not needed any more."""
+PAUSED = "the site is paused by its operator"
+_ECHOED = ("run", "round", "attempt", "kind", "site", "nonce", "model")
+
+_log = logging.getLogger("consortium.agent")
+
+
+def paused_file(home: Home) -> Path:
+    """The file whose being there says that the site is paused."""
+    return home.folder / "paused"
+
+
+class Agent:
+    """One site's agent over its folder. `start` returns at once; `stop` leaves no thread and no process behind.
+
+    work: does what is asked. renew: replaces the certificate in the folder, over a connection that it is given.
+
+    Raises:
+        InputError, IntegrityError: the folder is not in order.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        lock: Lock,
+        work: Work,
+        *,
+        renew: Renew | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._home, self._work, self._clock = home, work, clock
+        self._identity = home.identity(lock)
+        self._seen = Seen(home.seen_file, clock)
+        self._hand = Hand(clock)
+        self._pause_file = paused_file(home)
+        self._todo: queue.SimpleQueue[Taken | str | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        connect = Connector(home, lock)
+        self._outbox = Outbox(connect, self._sent, clock)
+        self._poller = Poller(
+            home,
+            lock,
+            self._seen,
+            self._hand,
+            connect,
+            paused=lambda: self.paused,
+            put=self._todo.put,
+            renew=renew,
+            renewed=self._outbox.reconnect,
+            clock=clock,
+        )
+        self._worker = threading.Thread(target=self._work_loop, name="work", daemon=True)
+
+    @property
+    def link(self) -> Link:
+        """How the agent stands with the server."""
+        return self._poller.link
+
+    def recent(self, run: str) -> bool:
+        """Whether a run asked something lately."""
+        return self._clock() - self._seen.heard(run) < RECENT
+
+    def start(self) -> None:
+        """Begin to poll, work and send."""
+        self._work.begin({run for run in self._seen.runs() if self.recent(run)})
+        self._poller.start()
+        self._worker.start()
+        self._outbox.start()
+
+    def stop(self, seconds: float = 4.0) -> None:
+        """End within about so many seconds. Answers that were not sent are asked for again."""
+        end = time.monotonic() + seconds
+        self._ended.set()
+        self._todo.put(None)
+        self._poller.end()
+        self._work.stop()
+        self._outbox.stop(max(0.1, end - time.monotonic()))
+        self._poller.join(max(0.1, end - time.monotonic()))
+        if self._worker.is_alive():
+            self._worker.join(max(0.1, end - time.monotonic()))
+
+    # What the operator asks, from any thread
+
+    @property
+    def paused(self) -> bool:
+        """Whether the operator has paused the site."""
+        return self._pause_file.exists()
+
+    def pause(self) -> None:
+        """Begin no work, and end what is under way; it lasts until `resume`, over restarts. An answer that is done
+        is still sent."""
+        if not self.paused:
+            write_private(self._pause_file, b"")
+            _log.info("paused by the operator")
+            self._work.interrupt()
+            self._poller.nudge()
+
+    def resume(self) -> None:
+        """Take part again."""
+        if self.paused:
+            self._pause_file.unlink(missing_ok=True)
+            sync_folder(self._home.folder)
+            _log.info("resumed by the operator")
+            self._poller.nudge()
+
+    def status(self) -> dict[str, Any]:
+        """One document about the agent; its keys stay."""
+        config, link = self._home.config, self.link
+        return {
+            "running": True,
+            "pid": os.getpid(),
+            "federation": config.federation,
+            "site": config.site,
+            "server": f"{config.host}:{config.port}",
+            "connected": link.up,
+            "since": link.since,
+            "error": link.error,
+            "refused": link.refused,
+            "paused": self.paused,
+            "runs": self._hand.runs(),
+            "certificate_expires": self._home.certificate.not_valid_after_utc.timestamp(),
+            "trust_serial": self._poller.inbox.serial,
+            "sandbox": "none in this version",
+        }
+
+    # Working
+
+    def _work_loop(self) -> None:
+        while True:
+            try:
+                item = self._todo.get(timeout=TIDYING)
+            except queue.Empty:
+                self._safely(partial(self._work.tidy, self.recent))
+                continue
+            if item is None or self._ended.is_set():
+                return
+            if isinstance(item, str):
+                self._safely(partial(self._work.finished, item))
+                continue
+            self._do(item)
+
+    def _safely(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:  # noqa: BLE001 - what it leaves undone is done the next time
+            _log.exception("a fault of this program")
+
+    def _do(self, taken: Taken) -> None:
+        """Do one instruction, and put the answer to it into the outbox; whatever goes wrong, the agent goes on."""
+        about = taken.about
+        last = self._seen.last(about.run)
+        if last is not None and Place.of(about) < last:
+            self._drop(taken, "not taken", "the run has gone on")
+            return
+        if self._clock() > about.expires and not taken.reason:
+            self._drop(taken, "not taken", "it expired before its turn")
+            return
+        try:
+            answered = self._answered(taken)
+        except RefusedError as error:
+            answered = self._declined(taken, str(error))
+        except Exception as error:  # noqa: BLE001 - it costs this instruction only
+            if self._ended.is_set():
+                return
+            if self._clock() > about.expires:
+                self._drop(taken, "failed", str(error))
+                return
+            if isinstance(error, Interrupted):
+                answered = self._declined(taken, PAUSED)
+            else:
+                _log.error("run %s, round %d: %s", about.run, about.round, error, exc_info=_unexpected(error))
+                answered = self._declined(taken, "the site could not do the work; its log says more")
+        self._send(taken, answered)
+
+    def _answered(self, taken: Taken) -> Answered:
+        if self.paused:
+            raise RefusedError(PAUSED)
+        if taken.reason or taken.study is None:
+            raise RefusedError(taken.reason)
+        self._hand.show(taken, "training" if taken.about.kind == "train" else "working")
+        answered = self._work.answer(Given(taken.header, taken.about, taken.content, taken.study))
+        _check_answer(taken, answered)
+        self._hand.show(taken, "sending")
+        return answered
+
+    def _declined(self, taken: Taken, reason: str) -> Answered:
+        reason = reason.partition("\n")[0][:LONGEST_REASON]
+        self._hand.show(taken, "declined", reason)
+        answer = Answer.to_instruction(taken.about, status="declined", reason=reason)
+        return Answered(encode(answer)[0])
+
+    def _send(self, taken: Taken, answered: Answered) -> None:
+        about = taken.about
+        signature = sign(self._identity, ANSWER, answered.header)
+        letter = Letter(about.nonce, about.run, answered.header, signature, answered.content, about.expires)
+        self._outbox.put(letter)
+
+    def _sent(self, letter: Letter, outcome: Outcome, why: str) -> None:
+        """The outbox is through with a letter."""
+        if letter.content is not None:
+            letter.content.close()
+        taken = self._hand.done(letter.nonce)
+        about = taken.about
+        if outcome != "taken":
+            self._hand.close(about.nonce)
+            self._hand.show(taken, "not taken", why)
+            return
+        if self._hand.state(about.run) != "declined":
+            self._hand.show(taken, "answered")
+        if about.kind == "evaluate" and taken.study is not None and about.round >= taken.study.rounds:
+            self._todo.put(about.run)
+
+    def _drop(self, taken: Taken, state: str, why: str) -> None:
+        """Give an instruction up without an answer."""
+        self._hand.show(taken, state, why)
+        self._hand.close(taken.about.nonce)
+
+
+def _unexpected(error: Exception) -> Exception | None:
+    return None if isinstance(error, ConsortiumError) else error
+
+
+def _check_answer(taken: Taken, answered: Answered) -> None:
+    """Raises IntegrityError where what the work gave is no answer to this very instruction: it is not signed then."""
+    parsed = parse(answered.header)
+    size = os.fstat(answered.content.fileno()).st_size if answered.content is not None else 0
+    echoed = all(parsed.fields.get(name) == getattr(taken.about, name) for name in _ECHOED)
+    if parsed.type != "answer" or not echoed or parsed.length != size:
+        raise IntegrityError("what the worker gave is not an answer to the instruction")

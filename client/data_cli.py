@@ -1,0 +1,118 @@
+"""The commands `consortium client data ...`: the data that this site has registered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from consortium.client.options import Folder, Json, home_in
+
+data = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Name = Annotated[str, typer.Argument(help="The data set's name: small letters, digits, - and _.")]
+
+
+@data.callback()
+def _data() -> None:
+    """Say where this site's data lie. Data and mapping stay here; the policy says what may run over them.
+
+    Example: consortium client data add patients --source patients.csv --map mapping.toml --dir site
+    """
+
+
+@data.command()
+def add(
+    name: Name,
+    source: Annotated[
+        str, typer.Option("--source", help="A file or folder; sql where the mapping has a query.")
+    ],
+    folder: Folder,
+    mapping: Annotated[Path | None, typer.Option("--map", help="The mapping (TOML); it is copied.")] = None,
+) -> None:
+    """Register a data set, with its mapping.
+
+    Example: consortium client data add patients --source patients.csv --map mapping.toml --dir site
+    """
+    from consortium.client.datasets import Datasets
+
+    home = home_in(folder)
+    home.config  # noqa: B018 - refuses a folder that is no client's
+    Datasets(home).add(name, source, mapping)
+    typer.echo(f"data {name}: registered")
+    typer.echo(f"\nNext: consortium client data check {name} --dir {folder}")
+    typer.echo(f'      allow studies over it by data = "{name}" in {home.policy_file}')
+
+
+@data.command("list")
+def list_(folder: Folder, as_json: Json = False) -> None:
+    """List the registered data sets.
+
+    Example: consortium client data list --dir site
+    """
+    from consortium.client.datasets import Datasets
+
+    found = [
+        {"name": one.name, "source": "sql" if one.source is None else str(one.source)}
+        for one in Datasets(home_in(folder)).all()
+    ]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for one in found:
+        typer.echo(f"{one['name']:20} {one['source']}")
+    if not found:
+        typer.echo(f"none; to add one: consortium client data add NAME --source FILE --dir {folder}")
+
+
+@data.command()
+def remove(name: Name, folder: Folder) -> None:
+    """Take a data set out of the registry. Its source is untouched; its holdout key stays, for when it comes back.
+
+    Example: consortium client data remove patients --dir site
+    """
+    from consortium.client.datasets import Datasets
+
+    Datasets(home_in(folder)).remove(name)
+    typer.echo(
+        f"data {name}: removed; its holdout key stays, so that held-out rows stay held out if it is added again"
+    )
+
+
+@data.command()
+def check(
+    name: Name,
+    folder: Folder,
+    study: Annotated[
+        Path | None, typer.Option("--study", help="Check that this study can use the data.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read a data set as a study would, and say everything that is wrong with it or its mapping.
+
+    Example: consortium client data check patients --study study.toml --dir site
+    """
+    from consortium.client.data_check import check as check_data
+    from consortium.client.data_check import study_in
+    from consortium.client.datasets import Datasets
+
+    home = home_in(folder)
+    found = check_data(Datasets(home).get(name), home.config.site, study_in(study))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    if "rows" in found:
+        typer.echo(f"data {name}: {found['rows']} rows can be used by study {found['study']}")
+    elif "columns" in found:
+        typer.echo(
+            f"data {name}: can be read, {found['columns']} columns, and has every column of its mapping"
+        )
+    else:
+        typer.echo(f"data {name}: is there; give --study to read it as a study would")

@@ -1,0 +1,246 @@
+"""What comes from the server as an instruction, and whether it is one that this site may act upon.
+
+In this order, and nothing of a message is looked at before the step that makes it safe: size of the frame, signature by
+a key of the trust statement, form, federation and site, place in the run (never before the last one, which is durable),
+expiry, size of the content, the content's SHA-256 while it goes to a file without a name, and the study's text, which
+must have the digest that was signed.
+
+A frame that fails is dropped and never answered. An instruction that is genuine, but cannot be done, is declined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from consortium.client.home import Home
+from consortium.client.seen import Place, Seen
+from consortium.protocol import wire
+from consortium.protocol.connection import Connection, Reply, StatusError
+from consortium.protocol.errors import ConsortiumError, IntegrityError, StudyError
+from consortium.protocol.files import private_folder
+from consortium.protocol.messages import Header, Instruction, parse
+from consortium.protocol.signing import INSTRUCTION, verify
+from consortium.protocol.study import Study
+from consortium.protocol.trust import Trust
+
+MAX_CONTENT = 4 << 30
+"""Bytes of an instruction's content that a site takes."""
+SPARE_DISK = 64 << 20
+"""Bytes of the disk that are left free."""
+MAX_STUDY = 1 << 20
+"""Bytes of a study's text."""
+STUDIES = 16
+"""Texts that are kept in memory."""
+
+_log = logging.getLogger("consortium.agent")
+
+
+class Dropped(ConsortiumError):  # noqa: N818 - it is what happened, not a mistake
+    """The frame is no instruction for this site. nonce: of a genuine one, which need not be offered again; else ""."""
+
+    def __init__(self, reason: str, nonce: str = "") -> None:
+        self.nonce = nonce
+        super().__init__(reason)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A genuine instruction for this site. reason: why it cannot be done, empty where it can; then study is there."""
+
+    header: bytes
+    about: Instruction
+    content: BinaryIO | None = None
+    study: Study | None = None
+    reason: str = ""
+
+
+class Inbox:
+    """For one thread.
+
+    aside: a connection to the server beside the one that a frame comes over; it is closed after use.
+    has: whether a nonce is in hand.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        seen: Seen,
+        aside: Callable[[], Connection],
+        has: Callable[[str], bool],
+        clock: Callable[[], float] = time.time,
+        max_content: int = MAX_CONTENT,
+    ) -> None:
+        self._home, self._seen, self._aside, self._has = home, seen, aside, has
+        self._clock, self._max_content = clock, max_content
+        self._trust: Trust = home.trust()
+        self._studies: dict[str, Study] = {}
+        private_folder(home.spool)
+
+    @property
+    def serial(self) -> int:
+        """Of the trust statement that is held."""
+        return self._trust.serial
+
+    def refresh_trust(self, connection: Connection) -> None:
+        """Get the trust statement of now; one that is older than the one held is refused.
+
+        Raises:
+            ConsortiumError: the server cannot be reached, or shows one that is not to be trusted.
+        """
+        self._trust = self._home.accept_trust(connection.request("GET", wire.TRUST).document())
+
+    def take(self, reply: Reply) -> Taken:
+        """The instruction in a reply.
+
+        Raises:
+            Dropped: it is none for this site.
+            ConsortiumError: the connection broke, and the like; it will be offered again.
+            OSError: what must be durable cannot be written.
+        """
+        try:
+            header, signature = wire.read_preamble(reply.read)
+            self._verify(header, signature)
+            parsed = parse(header)
+            about = _instruction(parsed)
+            self._check_for_us(about)
+        except (IntegrityError, Dropped) as error:
+            reply.close()
+            raise error if isinstance(error, Dropped) else Dropped(str(error)) from error
+        reason = self._unfit(parsed, about, reply)
+        content: BinaryIO | None = None
+        if not reason:
+            self._seen.accept(about.run, Place.of(about))
+            content, reason = self._spooled(parsed, reply)
+        if reason:
+            reply.close()
+            return Taken(header, about, reason=reason)
+        study, reason = self._study(about.study)
+        return Taken(header, about, content, study, reason)
+
+    def _verify(self, header: bytes, signature: bytes) -> None:
+        """Raises IntegrityError where no trusted key signed; a key may be newer than the statement that is held."""
+        try:
+            _signed(self._trust, header, signature)
+        except IntegrityError:
+            before, aside = self._trust.serial, self._aside()
+            try:
+                self.refresh_trust(aside)
+            finally:
+                aside.close()
+            if self._trust.serial == before:
+                raise
+            _signed(self._trust, header, signature)
+
+    def _check_for_us(self, about: Instruction) -> None:
+        config = self._home.config
+        if about.federation != config.federation:
+            raise Dropped("the instruction is for another federation", about.nonce)
+        if about.site != config.site:
+            raise Dropped("the instruction is for another site", about.nonce)
+        last = self._seen.last(about.run)
+        if last is not None and Place.of(about) < last:
+            raise Dropped(
+                f"the instruction (run {about.run}, round {about.round}, attempt {about.attempt}) is older "
+                "than what was seen of its run",
+                about.nonce,
+            )
+        if self._has(about.nonce):
+            raise Dropped("the instruction is in hand already")
+
+    def _unfit(self, parsed: Header, about: Instruction, reply: Reply) -> str:
+        """Why a genuine instruction cannot be done; its content is not read yet."""
+        if self._clock() > about.expires:
+            return "the instruction has expired; if the clocks agree, the site was too slow"
+        if parsed.length > self._max_content:
+            return f"the content has {parsed.length} bytes; this site takes at most {self._max_content}"
+        disk = os.statvfs(self._home.spool)
+        if parsed.length > disk.f_bavail * disk.f_frsize - SPARE_DISK:
+            return f"the content has {parsed.length} bytes, for which this site's disk has no room"
+        return ""
+
+    def _spooled(self, parsed: Header, reply: Reply) -> tuple[BinaryIO | None, str]:
+        """The content in a file without a name, and why that cannot be."""
+        if not parsed.length:
+            return None, ""
+        sha, left = hashlib.sha256(), parsed.length
+        buffer = memoryview(bytearray(min(wire.CHUNK, left)))
+        try:
+            file = tempfile.TemporaryFile(dir=self._home.spool, buffering=0)  # noqa: SIM115 - it is handed on
+            while left:
+                count = reply.read_into(buffer[: min(len(buffer), left)])
+                if not count:
+                    reply.close()
+                    raise Dropped("the frame ends within its content")
+                sha.update(buffer[:count])
+                piece = buffer[:count]
+                while piece:
+                    piece = piece[file.write(piece) :]
+                left -= count
+        except OSError as error:
+            _log.error(
+                "%s: an instruction's content cannot be written (%s)", self._home.spool, error.strerror
+            )
+            return None, "the site's disk could not take the content"
+        if sha.hexdigest() != parsed.sha256:
+            raise Dropped("the content's SHA-256 is not what the header says")
+        return file, ""
+
+    def _study(self, digest: str) -> tuple[Study | None, str]:
+        """The study of a digest, and why there is none."""
+        if digest in self._studies:
+            return self._studies[digest], ""
+        aside = self._aside()
+        try:
+            text = aside.request("GET", wire.STUDIES + digest).read(MAX_STUDY + 1)
+            if len(text) > MAX_STUDY:
+                return None, f"the study has more than {MAX_STUDY} bytes"
+            study = Study.parse(text.decode())
+        except StatusError as error:
+            return None, f"the study cannot be had ({error.status})"
+        except (StudyError, UnicodeDecodeError) as error:
+            _log.error("study %s: %s", digest[:12], error)
+            return None, "the study has mistakes, as this site's version reads it"
+        finally:
+            aside.close()
+        if study.digest != digest:
+            return (
+                None,
+                "the study's text is not the one that the instruction names, as this site's version reads it",
+            )
+        while len(self._studies) >= STUDIES:
+            del self._studies[next(iter(self._studies))]
+        self._studies[digest] = study
+        return study, ""
+
+
+def _signed(trust: Trust, header: bytes, signature: bytes) -> None:
+    for key in trust.keys:
+        with contextlib.suppress(IntegrityError):
+            verify(key, INSTRUCTION, header, signature)
+            return
+    raise IntegrityError("the instruction is not signed by a key of the trust statement")
+
+
+def _instruction(parsed: Header) -> Instruction:
+    """The fields of an instruction, without its content."""
+    if parsed.type != "instruction":
+        raise IntegrityError("an instruction was expected")
+    fields = dict(parsed.fields)
+    about = Instruction(**fields)  # type: ignore[arg-type]
+    if about.round < 0 or about.attempt < 0 or (about.kind == "train" and not about.round):
+        raise IntegrityError("the instruction has no sound round and attempt")
+    if not 0 < len(about.run) <= 200 or not about.run.isprintable():
+        raise IntegrityError("the instruction has no sound name of a run")
+    if not 0 < len(about.nonce) <= 64 or not about.nonce.isalnum():
+        raise IntegrityError("the instruction has no sound nonce")
+    if len(about.study) != 64 or not about.study.isalnum():
+        raise IntegrityError("the instruction names no study")
+    return about

@@ -1,0 +1,171 @@
+"""The thread that always polls, whatever else goes on: instructions come in by it, and so do the server's notices."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable
+
+from consortium.client.backoff import Backoff
+from consortium.client.hand import Hand
+from consortium.client.home import Home
+from consortium.client.inbox import Dropped, Inbox, Taken
+from consortium.client.link import Link
+from consortium.client.seen import Seen
+from consortium.protocol import wire
+from consortium.protocol.connection import Connection
+from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.keys import Lock
+
+SILENCE = wire.POLL_SECONDS + 20
+"""Seconds without a byte after which a connection is given up."""
+RENEWING = 60.0
+"""Seconds between two tries to renew the certificate."""
+
+Renew = Callable[[Home, Lock, Connection], None]
+
+_log = logging.getLogger("consortium.agent")
+
+
+class Connector:
+    """Makes connections to the site door, for any thread. Keys are decrypted once, and anew after `forget`."""
+
+    def __init__(self, home: Home, lock: Lock) -> None:
+        self._home, self._lock = home, lock
+        self._tls: ssl.SSLContext | None = None
+
+    def __call__(self) -> Connection:
+        config, tls = self._home.config, self._tls
+        if tls is None:
+            tls = self._tls = self._home.tls_context(self._lock)
+        return Connection(config.host, config.port, tls, proxy=config.proxy, timeout=SILENCE)
+
+    def forget(self) -> None:
+        """The certificate may have changed."""
+        self._tls = None
+
+
+class Poller:
+    """Polls from `start` to `stop`.
+
+    paused: what the server is told. put: gets each instruction. renew: replaces the certificate, over a connection;
+    renewed: is called afterwards.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        lock: Lock,
+        seen: Seen,
+        hand: Hand,
+        connect: Connector,
+        *,
+        paused: Callable[[], bool],
+        put: Callable[[Taken], None],
+        renew: Renew | None,
+        renewed: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._home, self._lock, self._hand, self._connect, self._clock = home, lock, hand, connect, clock
+        self._paused, self._put, self._renew, self._renewed = paused, put, renew, renewed
+        self.inbox = Inbox(home, seen, connect, hand.has, clock)
+        self.link = Link(f"{home.config.host}:{home.config.port}", clock)
+        self._connection: Connection | None = None
+        self._ended, self._wake = threading.Event(), threading.Event()
+        self._dropping, self._dropped, self._tried = Backoff(), 0, -RENEWING
+        self._thread = threading.Thread(target=self._loop, name="polls", daemon=True)
+
+    def start(self) -> None:
+        """Begin to poll."""
+        self._thread.start()
+
+    def nudge(self) -> None:
+        """Break the open poll, so that the next one tells the server what is new."""
+        self._wake.set()
+        if self._connection is not None:
+            self._connection.interrupt()
+
+    def end(self) -> None:
+        """Poll no more; returns at once."""
+        self._ended.set()
+        self.nudge()
+
+    def join(self, seconds: float) -> None:
+        """Wait until the thread has ended, at most so long."""
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    def _loop(self) -> None:
+        while not self._ended.is_set():
+            wait = 0.0
+            try:
+                self._poll()
+                self._dropping.reset()
+                self._dropped = 0
+            except Dropped as error:
+                wait = self._note_dropped(error)
+            except Exception as error:  # noqa: BLE001 - whatever comes from outside, the agent goes on
+                wait = self._note_lost(error)
+            if wait:
+                self._wake.wait(wait)
+            self._wake.clear()
+        if self._connection is not None:
+            self._connection.close()
+
+    def _poll(self) -> None:
+        """One question to the server; a new connection first asks for the trust statement, which is answered soon."""
+        if self._connection is None:
+            self._connection = self._connect()
+            self.inbox.refresh_trust(self._connection)
+            self.link.connected()
+        question = {"format": wire.FORMAT, "have": self._hand.nonces(), "paused": self._paused()}
+        reply = self._connection.request("POST", wire.POLL, question)
+        self.link.connected()
+        notice = reply.header(wire.NOTICE).split()
+        if reply.status == 200:
+            taken = self.inbox.take(reply)
+            self._hand.take(taken)
+            self._put(taken)
+        else:
+            reply.read(1)  # there is no body, and the connection is then free
+        self._follow(notice)
+
+    def _follow(self, notice: list[str]) -> None:
+        """Do what the server's notice says; a certificate is renewed without it too, when it is time."""
+        assert self._connection is not None
+        serials = [word[6:] for word in notice if word.startswith("trust=") and word[6:].isdecimal()]
+        if any(int(serial) > self.inbox.serial for serial in serials):
+            self.inbox.refresh_trust(self._connection)
+        due = "renew" in notice or self._home.renewal_due(self._clock())
+        if self._renew is not None and due and time.monotonic() - self._tried > RENEWING:
+            self._tried = time.monotonic()
+            self._renew(self._home, self._lock, self._connection)
+            _log.info("the certificate is renewed")
+            self._connect.forget()
+            self._renewed()
+            self._connection.close()
+            self._connection = None
+
+    def _note_dropped(self, error: Dropped) -> float:
+        """Log the first, second, fourth ... of frames that are dropped in a row; how long to wait before the next."""
+        if error.nonce:
+            self._hand.close(error.nonce)
+        self._dropped += 1
+        if self._dropped & (self._dropped - 1) == 0:
+            times = f" ({self._dropped} times in a row)" if self._dropped > 1 else ""
+            _log.warning("an instruction is dropped: %s%s", error, times)
+        return self._dropping.next()
+
+    def _note_lost(self, error: Exception) -> float:
+        """The connection is no more; how long to wait before the next."""
+        connection, self._connection = self._connection, None
+        self._connect.forget()
+        if connection is not None:
+            connection.close()
+        if self._ended.is_set() or self._wake.is_set():
+            return 0.0  # we broke it ourselves
+        if not isinstance(error, ConsortiumError | OSError):
+            _log.error("a fault of this program", exc_info=error)
+        return self.link.lost(error)

@@ -1,0 +1,99 @@
+"""The last thing that each run asked of this site, on disk: what came before it is never done again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+
+from consortium.protocol.errors import IntegrityError
+from consortium.protocol.files import write_private
+from consortium.protocol.messages import Instruction
+
+FORMAT = 1
+KEPT_DAYS = 400
+"""How long a run that asks nothing is remembered; its instructions have expired long before."""
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where in its run an instruction stands: rounds committed before it, then the attempt at the next one.
+
+    An evaluation of the model of round r belongs to the attempts at round r + 1, whether or not any came before it, and
+    a query before round 1 stands before all.
+    """
+
+    committed: int
+    attempt: int
+
+    @staticmethod
+    def of(instruction: Instruction) -> Place:
+        """The place of an instruction."""
+        committed = instruction.round - (instruction.kind != "evaluate")
+        return Place(committed, instruction.attempt)
+
+
+class Seen:
+    """The file of one site; for any number of threads.
+
+    Raises:
+        IntegrityError: the file is damaged.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time) -> None:
+        self._path, self._clock, self._lock = path, clock, threading.Lock()
+        self._places, self._times = _read(path)
+        oldest = clock() - KEPT_DAYS * 86400
+        for run in [run for run, at in self._times.items() if at < oldest]:
+            del self._places[run], self._times[run]
+
+    def last(self, run: str) -> Place | None:
+        """The last place that was accepted of a run."""
+        return self._places.get(run)
+
+    def heard(self, run: str) -> float:
+        """When the run last moved on, seconds since the epoch; 0 where it is unknown."""
+        return self._times.get(run, 0.0)
+
+    def runs(self) -> set[str]:
+        """Every run that is remembered."""
+        return set(self._places)
+
+    def accept(self, run: str, place: Place) -> bool:
+        """Whether `place` is not before the last one of its run. It is durable when this returns True.
+
+        Raises:
+            OSError: it cannot be written; then it is not accepted.
+        """
+        with self._lock:
+            last = self._places.get(run)
+            if last is not None and place <= last:
+                return place == last
+            places, times = {**self._places, run: place}, {**self._times, run: self._clock()}
+            runs = {
+                name: {"committed": at.committed, "attempt": at.attempt, "at": times[name]}
+                for name, at in places.items()
+            }
+            write_private(self._path, json.dumps({"format": FORMAT, "runs": runs}, indent=1).encode())
+            self._places, self._times = places, times
+            return True
+
+
+def _read(path: Path) -> tuple[dict[str, Place], dict[str, float]]:
+    if not path.exists():
+        return {}, {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise ValueError
+        runs = document["runs"]
+        places = {name: Place(int(one["committed"]), int(one["attempt"])) for name, one in runs.items()}
+        return places, {name: float(one["at"]) for name, one in runs.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(
+            f"{path}: is damaged; without it old instructions cannot be told from new ones. Restore it, or move it "
+            "away where no run is under way"
+        ) from error

@@ -1,0 +1,180 @@
+"""The worker of one run at a site: a warm process with data and model, without keys, that answers instructions.
+
+It speaks over the socket that it was started with (`protocol/local.py`). First it is told what it works on:
+
+    {"study": text, "site": name, "source": {"path", "mapping", "key": hex}, "state": folder}
+
+Then, for each instruction, {"run", "header": text} and a file with the content comes in, and {"header": text} and
+perhaps a file goes out, or {"error": text} that holds no path, no column of the site's own and no record. An answer is
+durable in `state` before it goes out, and the same question gets the same answer without anything being computed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import os
+import re
+import resource
+import signal
+import socket
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from consortium.client.site import Site, open_site, start
+from consortium.client.store import Kept, Store
+from consortium.client.task import Source, task_of
+from consortium.client.trainer import Resident
+from consortium.protocol import local
+from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
+from consortium.protocol.layout import digest_of
+from consortium.protocol.messages import Answer, Instruction, assemble, encode, parse
+from consortium.protocol.study import Study
+from consortium.strategies.chosen import strategy_of
+
+LONGEST_REASON = 2000
+OPEN_FILES = 1024
+_PARENT_ENDED = 1  # PR_SET_PDEATHSIG
+
+_log = logging.getLogger("worker")
+
+
+def serve(descriptor: int) -> int:
+    """Answer instructions until the other end closes the socket; returns the exit code."""
+    _confine()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    connection = socket.socket(fileno=descriptor)
+    worker: Worker | None = None
+    try:
+        about, _ = local.receive(connection)
+        while True:
+            question, files = local.receive(connection)
+            content: BinaryIO | None = None
+            try:
+                worker = worker or Worker(about)
+                header, content = worker.reply(str(question["run"]), question["header"].encode(), files)
+                reply = {"header": header.decode()}
+            except ConsortiumError as error:
+                _log.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
+                reply = {"error": _told(str(error).partition("\n")[0], about["source"])}
+            except Exception as error:  # noqa: BLE001 - it costs this instruction only
+                _log.exception("failed")
+                reply = {"error": f"the worker failed ({type(error).__name__}); the site's log says more"}
+            finally:
+                local.close(files)
+            local.send(connection, reply, [content.fileno()] if content is not None else [])
+            if content is not None:
+                content.close()
+    except local.ClosedError:
+        return 0
+
+
+def _confine() -> None:
+    """Die with the agent, leave no core file, and have a bounded number of open files."""
+    ctypes.CDLL(None).prctl(_PARENT_ENDED, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if most == resource.RLIM_INFINITY else min(most, OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+class Worker:
+    """One site of one run.
+
+    Raises:
+        InputError: the study does not fit this version.
+    """
+
+    def __init__(self, about: Mapping[str, Any]) -> None:
+        torch.set_num_threads(1)  # more would change the bits
+        self._study = Study.parse(about["study"])
+        if not self._study.built_in:
+            raise RefusedError("code that a study brings does not run in this version")
+        self._given: Mapping[str, Any] = about["source"]
+        self._state = Path(about["state"])
+        given = self._given
+        source = Source(
+            about["site"], Path(given["path"]), mapping=given["mapping"], key=bytes.fromhex(given["key"])
+        )
+        task, strategy = task_of(self._study), strategy_of(self._study)
+        self._net: Resident = start(self._study, task, strategy.local)
+        self._site: Site = open_site(self._study, task, strategy.local, self._net, source)
+        self._run, self._kept = "", Kept()
+
+    def reply(self, run: str, header: bytes, files: list[int]) -> tuple[bytes, BinaryIO | None]:
+        """Header and content of the answer to an instruction whose content was hashed on its way here."""
+        instruction = assemble(parse(header), _mapped(files))
+        if not isinstance(instruction, Instruction) or instruction.run != run:
+            raise IntegrityError("the worker was given something else than an instruction of its run")
+        sent, views = encode(self._answer(instruction))
+        if not views:
+            return sent, None
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it is closed when it was handed over
+        for view in views:
+            while view:
+                view = view[file.write(view) :]
+        return sent, file
+
+    def _answer(self, instruction: Instruction) -> Answer:
+        """The answer given before to the same instruction, or a new one, kept before it is returned."""
+        if instruction.study != self._study.digest or instruction.site != self._site.name:
+            raise IntegrityError("the instruction is for another study or site than this worker")
+        store = Store(self._state, instruction.run)
+        if self._run != instruction.run:
+            if self._run:
+                raise IntegrityError("the instruction is for another run than this worker")
+            self._kept = store.load()
+            self._run, self._site.memory = instruction.run, self._kept.memory
+        before = self._kept.answer_to(instruction)
+        if before is not None:
+            return before
+        _check_model(instruction, self._net)
+        try:
+            answer = self._site.answer(instruction)
+            if answer.status == "declined":
+                return replace(answer, reason=_told(answer.reason, self._given))
+            kept = Kept(self._site.memory, answer)
+            store.save(kept)
+            self._kept = kept
+            return answer
+        finally:
+            self._site.memory = self._kept.memory  # what was not kept did not happen
+
+
+def _check_model(instruction: Instruction, net: Resident) -> None:
+    """The model must be the one that the instruction names, in this study's layout."""
+    vectors = instruction.payload.vectors
+    wrong = instruction.layout != net.layout.digest
+    for kind, vector in vectors.items():
+        segment = net.layout["control" if kind == "control" else "shared"]
+        wrong |= vector.shape != (segment.size,) or vector.dtype != segment.numpy_dtype
+    if instruction.kind != "query":
+        wrong |= "shared" not in vectors or digest_of([vectors["shared"]]) != instruction.model
+    if wrong:
+        raise IntegrityError("the instruction's model is not what it says, or not of this study's layout")
+
+
+def _mapped(files: list[int]) -> memoryview:
+    """The content of the first file, read-only and without a copy; empty where there is none."""
+    if not files or not os.fstat(files[0]).st_size:
+        return memoryview(b"")
+    return memoryview(mmap.mmap(files[0], 0, access=mmap.ACCESS_READ))
+
+
+def _told(reason: str, source: Mapping[str, Any]) -> str:
+    """A reason as the server may read it: without paths, and not at all where it names a column of the site's own."""
+    own = {
+        str(column["column"])
+        for name, column in source["mapping"].get("columns", {}).items()
+        if "column" in column and column["column"] != name
+    }
+    if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", reason) for word in own):
+        return "the site's data do not fit the study; the site's log says more"
+    folder = str(Path(source["path"]).parent) + os.sep
+    return re.sub(r"(?<![\w.])/[\w.@~+-][^\s,;:'\")]*", "a file", reason.replace(folder, ""))[:LONGEST_REASON]

@@ -1,0 +1,174 @@
+"""The read-only copy of a site's data that one run works on, laid before its first instruction.
+
+The worker reads the copy alone: not the source, not the database, not the mapping's way to it. The copy lies in
+`spool/RUN/snapshot/`, is whole or not there, and is used again when the agent starts anew, so that a run sees the same
+rows from its start to its end. A copy from before the machine's last start is made again: it was not forced to disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from consortium.client.datasets import Dataset
+from consortium.protocol.errors import ConsortiumError, InputError
+from consortium.protocol.files import private_folder
+from consortium.protocol.keys import PASSPHRASE
+
+FORMAT = 1
+ABOUT = "about.json"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Data as a worker gets them. path: a file or folder. mapping: without the way to the source."""
+
+    path: Path
+    mapping: dict[str, Any]
+    key: bytes
+
+    def document(self) -> dict[str, Any]:
+        """What is sent to the worker."""
+        return {"path": str(self.path), "mapping": self.mapping, "key": self.key.hex()}
+
+
+def place_of(spool: Path, run: str) -> Path:
+    """The folder of a run under `spool`. A run's name comes from the server, so it is no part of a path."""
+    return spool / hashlib.sha256(run.encode()).hexdigest()[:32]
+
+
+class Snapshots:
+    """Lays and removes copies. `stop` ends one that is being made, for good."""
+
+    def __init__(self, site: str, spool: Path) -> None:
+        self._site, self._spool = site, spool
+        self._lock, self._stopped = threading.Lock(), False
+        self._child: subprocess.Popen[str] | None = None
+
+    def lay(self, run: str, data: Dataset) -> Snapshot:
+        """The copy of `data` for a run: the one that is there, else a new one.
+
+        Raises:
+            InputError: the data cannot be read; the text is for the operator.
+        """
+        folder = private_folder(place_of(private_folder(self._spool), run))
+        whole = folder / "snapshot"
+        found = self._found(whole, data)
+        if found is not None:
+            return found
+        key, mapping = data.key(), data.mapping()
+        partial = folder / "partial"
+        for old in (whole, partial):
+            erase(old)
+        partial.mkdir(mode=0o700)
+        name = self._copied(data, mapping, partial)
+        source = {k: v for k, v in mapping.get("source", {}).items() if k not in ("sql", "url", "password")}
+        mapping = {**mapping, "source": source} if "source" in mapping else mapping
+        about = {"format": FORMAT, "data": data.name, "file": name, "mapping": mapping, "boot": _boot()}
+        (partial / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+        partial.replace(whole)
+        return Snapshot(whole / name, mapping, key)
+
+    def _found(self, whole: Path, data: Dataset) -> Snapshot | None:
+        try:
+            about = json.loads((whole / ABOUT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if [about.get(k) for k in ("format", "data", "boot")] != [FORMAT, data.name, _boot()]:
+            return None
+        return Snapshot(whole / about["file"], about["mapping"], data.key())
+
+    def _copied(self, data: Dataset, mapping: dict[str, Any], folder: Path) -> str:
+        """Copy the source into `folder`; the name of the copy, which says nothing but its kind."""
+        if data.source is None:
+            self._query(mapping, folder / "data.parquet")
+            return "data.parquet"
+        try:
+            if data.source.is_dir():
+                shutil.copytree(data.source, folder / "data")
+                return "data"
+            kind = data.source.suffix.lower()
+            name = "data" + (Path(data.source.stem).suffix.lower() if kind == ".gz" else "") + kind
+            shutil.copyfile(data.source, folder / name)
+            (folder / name).chmod(0o400)
+            return name
+        except (OSError, shutil.Error) as error:
+            said = getattr(error, "strerror", None) or type(error).__name__
+            raise InputError(f"data '{data.name}': {data.source} cannot be copied ({said})") from error
+
+    def _query(self, mapping: dict[str, Any], path: Path) -> None:
+        """Run the mapping's query in a program of its own, which alone sees the database's password."""
+        request = json.dumps({"site": self._site, "mapping": mapping, "path": str(path)})
+        program = (sys.executable, "-s", "-P", "-B", "-m", "consortium.client.sql_snapshot")
+        environment = {name: value for name, value in os.environ.items() if name != PASSPHRASE}
+        with self._lock:
+            if self._stopped:
+                raise ConsortiumError("the agent is ending")
+            child = self._child = subprocess.Popen(
+                program,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+                cwd=path.parent,
+                start_new_session=True,
+            )
+        try:
+            _, said = child.communicate(request)
+        finally:
+            self.interrupt()
+            self._child = None
+        if child.returncode:
+            raise InputError(said.strip()[:4000] or f"the snapshot's program ended with {child.returncode}")
+
+    def interrupt(self) -> None:
+        """End the copy from a database that is being made, if any."""
+        child = self._child
+        if child is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+    def stop(self) -> None:
+        """As `interrupt`, and none is begun any more."""
+        with self._lock:
+            self._stopped = True
+        self.interrupt()
+
+    def remove(self, run: str) -> None:
+        """Remove all that was laid for a run."""
+        erase(place_of(self._spool, run))
+
+    def keep_only(self, runs: set[str]) -> None:
+        """Remove what was laid for any run but these."""
+        kept = {place_of(self._spool, run) for run in runs}
+        for folder in self._spool.iterdir() if self._spool.exists() else ():
+            if folder not in kept:
+                erase(folder)
+
+
+def _boot() -> str:
+    try:
+        return _BOOT.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def erase(path: Path) -> None:
+    """Remove a file or folder; nothing where it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

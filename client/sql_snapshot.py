@@ -1,0 +1,86 @@
+"""A query's result, written to a Parquet file: the one program at a site that sees the database's password.
+
+    python -m consortium.client.sql_snapshot < REQUEST
+
+The request is a JSON object: `site`, `mapping` (a document with sql and url under [source]) and `path` of the file. The
+password is where the mapping says, in the environment or a file; it is in no argument and in nothing that is written.
+
+Every cell is written as the text by which it would be read straight from the database (`client/columns.py`), so a site
+learns the same, bit for bit, from the snapshot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from consortium.client.columns import text_of
+from consortium.client.mapping import parse
+from consortium.client.tables import queried
+from consortium.protocol.errors import ConsortiumError, InputError
+
+CHUNK = 20_000
+"""Rows that are in memory at once."""
+
+
+def main() -> int:
+    """Write one snapshot; returns the exit code, with the reason on stderr."""
+    try:
+        request = json.load(sys.stdin)
+        write(request["site"], request["mapping"], Path(request["path"]))
+    except ConsortiumError as error:
+        print("\n".join([str(error), *getattr(error, "__notes__", ())]), file=sys.stderr)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - a driver may raise anything, and its text may hold a record
+        print(f"the snapshot could not be written ({type(error).__name__})", file=sys.stderr)
+        return 1
+    return 0
+
+
+def write(site: str, mapping: dict[str, Any], path: Path) -> None:
+    """Run the mapping's query and write its result to `path`, mode 0400.
+
+    Raises:
+        InputError: the mapping or the database is not in order, or a cell is a list or the like.
+    """
+    where = f"site '{site}'"
+    with queried(where, parse(mapping, f"{where}, mapping").source) as result:
+        names = [str(name) for name in result.keys()]  # noqa: SIM118 - it is no mapping
+        schema = pa.schema([(name, pa.string()) for name in names])
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
+        with os.fdopen(descriptor, "wb") as file:
+            with pq.ParquetWriter(file, schema) as writer:
+                for table in _tables(result, schema):
+                    writer.write_table(table)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _tables(result: Any, schema: pa.Schema) -> Iterator[pa.Table]:
+    while rows := result.fetchmany(CHUNK):
+        columns: Sequence[Sequence[Any]] = list(zip(*rows, strict=True))
+        arrays = [
+            pa.array([_text(cell, name) for cell in column], pa.string())
+            for column, name in zip(columns, schema.names, strict=True)
+        ]
+        yield pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _text(cell: Any, name: str) -> str | None:
+    if isinstance(cell, list | tuple | dict | set):
+        raise InputError(
+            f"column '{name}' of the query holds lists or other nested cells; give it single values"
+        )
+    return None if pd.isna(cell) else text_of(cell)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

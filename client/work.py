@@ -1,0 +1,224 @@
+"""What a site does with an instruction that the agent took: the policy, the data, and the worker of the run.
+
+`Work` is the seam: the agent verifies, fetches, signs and sends, and knows nothing of what is computed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+from consortium.client import policy
+from consortium.client.datasets import Dataset, Datasets
+from consortium.client.home import Home
+from consortium.client.snapshot import Snapshots, place_of
+from consortium.client.worker_process import WorkerDied, WorkerLate, WorkerProcess
+from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
+from consortium.protocol.messages import Instruction
+from consortium.protocol.study import Study
+
+DEATHS = 3
+"""How often a worker may die at one instruction before the site declines it."""
+MOST_WARM = 4
+"""Workers that are kept at once; each holds a model and a run's data in memory."""
+IDLE = 1800.0
+"""Seconds after which a worker that is asked nothing is ended."""
+
+_log = logging.getLogger("consortium.agent")
+
+
+@dataclass(frozen=True)
+class Given:
+    """An instruction whose signature, place and content were checked.
+
+    header: as it was signed. about: the same, without its content. content: a file, None where it has none.
+    """
+
+    header: bytes
+    about: Instruction
+    content: BinaryIO | None
+    study: Study
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer, not signed yet: header and content of `messages.encode`."""
+
+    header: bytes
+    content: BinaryIO | None = None
+
+
+class Interrupted(ConsortiumError):  # noqa: N818 - it is what happened, not a mistake
+    """The work was ended by `Work.interrupt` or `Work.stop`."""
+
+
+class Work(Protocol):
+    """Turns instructions into answers, one at a time; the same question again must get the same answer."""
+
+    def begin(self, runs: set[str]) -> None:
+        """The agent starts, and these runs may go on; what any other left can be removed."""
+
+    def answer(self, given: Given) -> Answered:
+        """Do what is asked.
+
+        Raises:
+            RefusedError: the site does not; the text is sent to the server.
+            Interrupted: by `interrupt` or `stop`.
+            ConsortiumError: it cannot; the text is for the site's log alone.
+        """
+
+    def finished(self, run: str) -> None:
+        """The run asks nothing more of this site."""
+
+    def tidy(self, recent: Callable[[str], bool]) -> None:
+        """End and remove what is not needed now; `recent` says whether a run asked something lately."""
+
+    def interrupt(self) -> None:
+        """End what is under way, from any thread; `answer` raises then."""
+
+    def stop(self) -> None:
+        """As `interrupt`, for good: leave no process behind."""
+
+
+@dataclass
+class _Warm:
+    process: WorkerProcess
+    data: str
+    used: float
+
+
+class SiteWork:
+    """The real work of a site."""
+
+    def __init__(self, home: Home) -> None:
+        self._home, self._data = home, Datasets(home)
+        self._snapshots = Snapshots(home.config.site, home.spool)
+        self._lock = threading.Lock()
+        self._warm: OrderedDict[str, _Warm] = OrderedDict()
+        self._runs: set[str] = set()
+        self._halts, self._stopped = 0, False
+
+    def answer(self, given: Given) -> Answered:
+        """As `Work.answer`. A worker that dies is replaced, and the instruction is done again."""
+        halts, run = self._halts, given.about.run
+        data = self._allowed(given.study)
+        for death in range(1, DEATHS + 1):
+            process = self._worker(given, data, halts)
+            try:
+                seconds = given.about.expires - time.time()
+                header, content = process.ask(run, given.header, given.content, seconds)
+                return Answered(header, content)
+            except WorkerDied as error:
+                self._drop(run)
+                if self._halts != halts:
+                    raise Interrupted("the work was interrupted") from error
+                _log.warning("run %s, round %d: %s", run, given.about.round, error)
+                if death == DEATHS:
+                    raise RefusedError(f"{error}, {DEATHS} times; the site's log says more") from error
+            except WorkerLate:
+                self._drop(run)
+                raise
+        raise AssertionError
+
+    def _allowed(self, study: Study) -> Dataset:
+        """The data that the policy gives to a study."""
+        try:
+            rules = policy.load(self._home.policy_file)
+        except InputError as error:
+            _log.error("%s", error)
+            raise RefusedError(
+                "policy: it cannot be read, so nothing is allowed; the site's log says more"
+            ) from error
+        try:
+            rule = rules.rule_for(study)
+        except RefusedError as error:
+            _log.warning("%s; to allow it, edit %s", error, self._home.policy_file)
+            raise
+        try:
+            return self._data.get(rule.data)
+        except InputError as error:
+            _log.error("%s", error)
+            raise RefusedError("the site's policy names data that the site has not registered") from error
+
+    def _worker(self, given: Given, data: Dataset, halts: int) -> WorkerProcess:
+        """The run's worker, which is started where there is none, over a snapshot that is laid where there is none."""
+        run = given.about.run
+        with self._lock:
+            warm = self._warm.get(run)
+            if warm is not None and warm.data == data.name:
+                warm.used = time.monotonic()
+                self._warm.move_to_end(run)
+                return warm.process
+        self._drop(run)
+        self._runs.add(run)
+        try:
+            source = self._snapshots.lay(run, data)
+        except InputError as error:
+            if self._halts == halts:
+                _log.error("run %s: %s", run, error)
+                raise RefusedError("the site's data could not be read; its log says more") from error
+            raise Interrupted("the work was interrupted") from error
+        about = {
+            "study": given.study.text,
+            "site": given.about.site,
+            "source": source.document(),
+            "state": str(self._home.state),
+        }
+        folder = place_of(self._home.spool, run) / "work"
+        with self._lock:
+            if self._stopped or self._halts != halts:
+                raise Interrupted("the work was interrupted")
+            process = WorkerProcess(about, folder, lambda line: _log.warning("worker: %s", line))
+            self._warm[run] = _Warm(process, data.name, time.monotonic())
+            _log.info("run %s: worker %d is started", run, process.pid)
+            spare = list(self._warm)[:-MOST_WARM]
+        for one in spare:
+            self._drop(one)
+        return process
+
+    def _drop(self, run: str) -> None:
+        with self._lock:
+            warm = self._warm.pop(run, None)
+        if warm is not None:
+            warm.process.close()
+
+    def finished(self, run: str) -> None:
+        """End the run's worker, remove its copy of the data."""
+        self._drop(run)
+        self._snapshots.remove(run)
+        self._runs.discard(run)
+
+    def tidy(self, recent: Callable[[str], bool]) -> None:
+        """End idle workers, remove copies of runs that ask nothing any more."""
+        with self._lock:
+            idle = [run for run, one in self._warm.items() if time.monotonic() - one.used > IDLE]
+        for run in idle:
+            self._drop(run)
+        for run in [run for run in self._runs if not recent(run)]:
+            self.finished(run)
+
+    def begin(self, runs: set[str]) -> None:
+        """Remove the copies that earlier starts left of any run but these."""
+        self._runs |= runs
+        self._snapshots.keep_only(runs)
+
+    def interrupt(self) -> None:
+        """End every worker; a run's next instruction starts another."""
+        with self._lock:
+            self._halts += 1
+            processes = [one.process for one in self._warm.values()]
+        self._snapshots.interrupt()
+        for process in processes:
+            process.kill()
+
+    def stop(self) -> None:
+        """As `interrupt`, and nothing is started any more."""
+        with self._lock:
+            self._stopped = True
+        self._snapshots.stop()
+        self.interrupt()
