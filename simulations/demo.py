@@ -1,6 +1,6 @@
 """`consortium demo`: a whole federation on this machine, from certificates to predictions.
 
-    certificates -> hospitals with tables of their own -> SuperLink and SuperNodes -> the study's rounds
+    a federation's keys and doors -> hospitals with tables of their own join by code -> the study's rounds
                  -> export -> a fresh process predicts -> local-only, federated and pooled, side by side
 
 Everything lies in one new folder, and nothing of it runs any more when `run_demo` returns or raises.
@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +21,14 @@ import numpy as np
 
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.study import Study
-from consortium.simulations.certificates import write_certificates
-from consortium.simulations.deployment import Federation, federation
+from consortium.server.study_cli import line
+from consortium.simulations.deployment import federation
 from consortium.simulations.hospitals import PERSON, RANGES, TARGET, patients, write_hospitals
 from consortium.simulations.programs import Programs
 
 if TYPE_CHECKING:
     from consortium.simulations.baselines import Baselines, OneRoom
 
-RUN = "demo"
-PATIENCE = 120.0
-"""Seconds for all SuperNodes to connect."""
-LOOK_EVERY = 1.0
 PREDICTED = 6
 """Rows that the fresh process predicts."""
 
@@ -96,27 +92,25 @@ def run_demo(folder: Path, study: Study, sites: int, say: Say) -> Demo:
     started = time.monotonic()
     own = new_folder(folder)
     (own / "study.toml").write_text(study.text, encoding="utf-8")
-    write_certificates(own)
+    hospitals = write_hospitals(own / "sites", sites)
     with Programs() as programs:
-        say(f"{own}: certificates made; starting flower-superlink over TLS")
-        with federation(programs, own) as server:
-            hospitals = write_hospitals(own / "sites", sites)
+        say(f"{own}: founding a federation, starting its server")
+        with federation(programs, own) as live:
             for name, place in hospitals.items():
-                server.join(name, place)
-            say(f"{sites} hospitals registered; starting flower-supernode and an executor for each")
-            run = server.submit(study, RUN, sites, PATIENCE)
-            compared = None
-            for one in _progress(programs, server, run, own / "results" / RUN, study.rounds):
-                say(_line(one))
-                if compared is None:  # now, as the rounds mostly wait, and the start does not
-                    compared = _compared(study, hospitals)
-                    say("baselines trained: each hospital alone, and all rows in one room")
-    results = own / "results" / RUN
-    result = json.loads((results / "result.json").read_text(encoding="utf-8"))
+                live.join(name, place)
+            say(f"{sites} hospitals joined by one-time code; their clients connect with certificates")
+            live.gather(hospitals)  # all in the first round, as in simulation
+            live.start(study)
+            compared = _compared(study, hospitals)  # now, as the clients load meanwhile
+            say("baselines trained: each hospital alone, and all rows in one room")
+            for one in live.events(study):
+                say(line(one))
+            shown = live.admin.get(f"/v1/studies/{study.name}")
     say("all processes ended; a fresh process loads the exported model and predicts raw rows")
+    results = Path(shown["model"]).parent
+    result = json.loads((results / "result.json").read_text(encoding="utf-8"))
     predictions = _predict(results / "model", own)
-    room, baselines = compared or _compared(study, hospitals)
-    return _demo(own, result, room, baselines, predictions, time.monotonic() - started)
+    return _demo(own, results, result, *compared, predictions, time.monotonic() - started)
 
 
 def new_folder(folder: Path) -> Path:
@@ -142,44 +136,6 @@ def _compared(study: Study, hospitals: Mapping[str, Path]) -> tuple[OneRoom, Bas
     with one_thread():
         room = one_room(study, gather(study, list(hospitals.values())).sources)
         return room, train(room, study.seed)
-
-
-def _progress(
-    programs: Programs, server: Federation, run: int, results: Path, rounds: int
-) -> Iterator[Mapping[str, Any]]:
-    """What a run reports, line by line, until it is over.
-
-    Raises:
-        ConsortiumError: it failed, took too long, or a process ended by itself.
-    """
-    limit = time.monotonic() + PATIENCE + 60.0 * (rounds + 3)
-    told, path = 0, results / "rounds.jsonl"
-    where = f"see the logs in {results.parent.parent}"
-    status = server.status(run)
-    while True:
-        programs.check()
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        yield from map(json.loads, whole[told:])
-        told = len(whole)
-        if status.over:
-            break
-        if time.monotonic() > limit:
-            raise ConsortiumError(f"the run took too long; {where}")
-        time.sleep(LOOK_EVERY)
-        status = server.status(run)
-    if status.problem:
-        raise ConsortiumError(f"the run failed: {status.problem}; {where}")
-
-
-def _line(one: Mapping[str, Any]) -> str:
-    if one["kind"] == "evaluation":
-        auroc = one["pooled"].get("auroc")
-        return f"model after round {one['round']}: AUROC {auroc:.4f} at the hospitals' test rows"
-    what = f"round {one['round']}" if one["round"] else "statistics for preprocessing"
-    left_out = "".join(f"; left out: {site} ({why})" for site, why in one["left_out"].items())
-    void = f"; void: {one['void']}" if one["void"] else ""
-    return f"{what}: {len(one['admitted'])} of {len(one['asked'])} answers, {one['seconds']:.1f} s{left_out}{void}"
 
 
 _PREDICT = """\
@@ -218,6 +174,7 @@ def _predict(model: Path, folder: Path) -> list[tuple[str, float, bool]]:
 
 def _demo(
     folder: Path,
+    results: Path,
     result: Mapping[str, Any],
     room: OneRoom,
     baselines: Baselines,
@@ -226,7 +183,6 @@ def _demo(
 ) -> Demo:
     from consortium.simulations.baselines import judge
 
-    results = folder / "results" / RUN
     model = np.load(results / "model.npy", allow_pickle=False)
     evaluation = result["evaluation"] or {"sites": {}}
     alone = {site: metrics.get("auroc") for site, metrics in baselines.local.items()}

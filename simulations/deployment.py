@@ -1,166 +1,171 @@
-"""Flower's stock processes on this machine's loopback: one SuperLink, a SuperNode and our executor for each site.
+"""A whole federation of processes on this machine's loopback: a server, and a client for each site.
 
-TLS by a certificate authority of a day, and node authentication: a SuperNode is let in by its registered key only.
+What two people do by hand in two terminals, done by a program: the same calls, files, certificates and processes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import secrets
-import ssl
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tomli_w
-from flwr.cli.build import build_fab_from_files
-from flwr.common.serde import fab_to_proto, user_config_to_proto
-from flwr.proto.control_pb2 import ListRunsRequest, RegisterNodeRequest, StartRunRequest
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.fab import Fab
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
+from consortium.client import joining
+from consortium.client.datasets import KEY, Datasets
+from consortium.client.home import Home
+from consortium.protocol.connection import UnreachableError
 from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.files import private_folder, write_private
 from consortium.protocol.study import Study
-from consortium.simulations.certificates import AUTHORITY, CERTIFICATE, HOST, KEY, private, write_node_key
+from consortium.server.admin_client import Admin, connect
+from consortium.server.federation import Federation as Founded
 from consortium.simulations.programs import Programs, free_ports
 
-START = 60.0
-"""Seconds in which the SuperLink must answer."""
-_BIN = Path(sys.executable).parent
+HOST = "127.0.0.1"
+START = 30.0
+"""Seconds in which the server must answer."""
+DATA = "patients"
+"""The name under which each site registers its data."""
+_COMMAND = Path(sys.executable).with_name("consortium")
 
 
 @dataclass(frozen=True)
-class Status:
-    """A run as Flower sees it: `over` with `problem`, which is empty where it completed."""
-
-    over: bool
-    problem: str = ""
-
-
 class Federation:
-    """A SuperLink that answers; sites join, runs are submitted."""
+    """A server that answers. Sites join, studies are started and followed.
 
-    def __init__(self, programs: Programs, folder: Path, port: int, client: ControlHttpClient) -> None:
-        self._programs, self._folder, self._port, self._client = programs, folder, port, client
+    folder: `server/` and `clients/NAME/` lie in it.
+    """
 
-    def join(self, site: str, folder: Path) -> None:
-        """Register a site's key, and start its SuperNode and executor.
+    programs: Programs
+    folder: Path
+    admin: Admin
 
-        folder: the site's own, as `client.folder` reads it; logs, key and Flower's files go into `client/` there.
+    def join(self, site: str, place: Path, *, rounds: int | None = None) -> None:
+        """Invite a site, join it by its code, register its data, allow the study's task over them, start its client.
+
+        place: the site's own data: a file, or a folder with one data file and perhaps `mapping.toml` and
+        `holdout.key`. rounds: the most that its policy allows.
         """
-        own = folder / "client"
-        own.mkdir(mode=0o700)
-        public = write_node_key(own / "node.key")
-        self._client.RegisterNode(RegisterNodeRequest(public_key=public, name=site))
-        private(own / "executor.secret", secrets.token_hex(32).encode())
-        (own / "node.toml").write_text(tomli_w.dumps({"site": site, "folder": str(folder)}), encoding="utf-8")
-        (runtime,) = free_ports(1)
-        # fmt: off
-        node: list[str | Path] = [
-            _BIN / "flower-supernode", "--superlink", f"{HOST}:{self._port}",
-            "--root-certificates", self._folder / AUTHORITY, "--auth-supernode-private-key", own / "node.key",
-            "--host", HOST, "--port", str(runtime), "--node-config", own / "node.toml",
-            "--isolation", "process", "--superexec-auth-secret-file", own / "executor.secret",
-        ]
-        # fmt: on
-        executor = [sys.executable, "-m", "consortium.client.executor", f"{HOST}:{runtime}"]
-        environment = _environment(own)
-        self._programs.start("executor", [*executor, own / "executor.secret"], environment, own)
-        self._programs.start("supernode", node, environment, own)
+        home = Home(self.folder / "clients" / site)
+        code = self.admin.post(f"/v1/sites/{site}/invite")["code"]
+        joining.join(code, home.folder)
+        register(home, place)
+        allow(home, rounds)
+        self.start_client(site)
 
-    def submit(self, study: Study, run: str, sites: int, patience: float) -> int:
-        """Start a run of a study; returns Flower's id of it."""
-        app = {
-            "project": {"name": study.name[:32], "version": "0.1.0"},
-            "tool": {
-                "flwr": {
-                    "app": {
-                        "publisher": "consortium",
-                        "components": {
-                            "serverapp": "consortium.server.app:app",
-                            "clientapp": "consortium.client.app:app",
-                        },
-                        "config": {"run": run, "sites": sites, "patience": patience},
-                    }
-                }
-            },
-        }
-        files: dict[str, bytes | Path] = {"pyproject.toml": tomli_w.dumps(app).encode()}
-        files |= {"study.toml": study.text.encode()}
-        files |= {path.name: path for path in sorted(study.folder.glob("*.py"))} if not study.built_in else {}
-        fab, _ = build_fab_from_files(files)
-        sent = fab_to_proto(Fab(hashlib.sha256(fab).hexdigest(), fab, {}))
-        answer = self._client.StartRun(StartRunRequest(fab=sent, override_config=user_config_to_proto({})))
-        return int(answer.run_id)
+    def start_client(self, site: str) -> int:
+        """Start the client of a site that has joined; its process id."""
+        home = Home(self.folder / "clients" / site)
+        arguments: list[str | Path] = [_COMMAND, "client", "start", "--dir", home.folder]
+        return self.programs.start(f"client-{site}", arguments, environment(), self.folder)
 
-    def status(self, run: int) -> Status:
-        """How a run stands."""
-        status = self._client.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
-        if status.status != "finished":
-            return Status(False)
-        return Status(True, "" if status.sub_status == "completed" else status.details or status.sub_status)
+    def gather(self, sites: Iterable[str], seconds: float = START) -> None:
+        """Wait until these sites are connected.
+
+        Raises:
+            ConsortiumError: some are not in time, or a process ended by itself.
+        """
+        end = time.monotonic() + seconds
+        while absent := set(sites) - self.connected():
+            self.programs.check()
+            if time.monotonic() > end:
+                names = ", ".join(sorted(absent))
+                raise ConsortiumError(
+                    f"{names}: not connected within {seconds:g} s; see the logs in {self.folder}"
+                )
+            time.sleep(0.05)
+
+    def connected(self) -> set[str]:
+        """Names of the sites that can be asked now."""
+        sites = self.admin.get("/v1/sites")["sites"]
+        return {one["name"] for one in sites if one["connected"] and not one["paused"]}
+
+    def start(self, study: Study) -> None:
+        """Submit a study and start its run."""
+        self.admin.post("/v1/studies", text=study.text)
+        self.admin.post(f"/v1/studies/{study.name}/start")
+
+    def events(self, study: Study) -> Iterator[dict[str, Any]]:
+        """What the study's run reports, as it happens, until it is over.
+
+        Raises:
+            ConsortiumError: it failed, or a process ended by itself.
+        """
+        state, why = "", ""
+        for found in self.admin.events(study.name):
+            self.programs.check()
+            yield from found["events"]
+            state, why = found["state"], found["why"]
+        if state != "finished":
+            raise ConsortiumError(f"the run is {state}: {why}; see the logs in {self.folder}")
 
 
 @contextmanager
-def federation(programs: Programs, folder: Path) -> Iterator[Federation]:
-    """Start a SuperLink over `folder`, which holds the certificates; results of runs go into `results/` there.
+def federation(programs: Programs, folder: Path, name: str = "demo") -> Iterator[Federation]:
+    """Found a federation in `folder`, and start its server.
 
     Raises:
         ConsortiumError: it does not answer.
     """
-    (port,) = free_ports(1)
-    # fmt: off
-    link: list[str | Path] = [
-        _BIN / "flower-superlink", "--host", HOST, "--port", str(port),
-        "--ssl-certfile", folder / CERTIFICATE, "--ssl-keyfile", folder / KEY, "--ssl-ca-certfile", folder / AUTHORITY,
-        "--enable-supernode-auth", "--disable-runtime-dependency-installation",
-    ]
-    # fmt: on
-    results = {"CONSORTIUM_RESULTS": str(folder / "results")}
-    programs.start("superlink", link, _environment(folder) | results, folder)
-    _await(programs, f"https://{HOST}:{port}/health", folder / AUTHORITY)
-    client = ControlHttpClient.from_server_address(
-        server_address=f"{HOST}:{port}",
-        insecure=False,
-        root_certificates=(folder / AUTHORITY).read_bytes(),
-        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
-    )
-    try:
-        yield Federation(programs, folder, port, client)
-    finally:
-        client.close()  # before the SuperLink is ended: it waits for open connections
+    own = folder / "server"
+    private_folder(folder / "clients")
+    port, admin_port, enrol_port = free_ports(3)
+    Founded.init(
+        own, name=name, host=HOST, port=port, admin_port=admin_port, enrol_port=enrol_port, bind=HOST,
+        key_file=None, use_passphrase=False, now=time.time(),
+    )  # fmt: skip
+    start_server(programs, folder)
+    yield Federation(programs, folder, _answering(programs, own))
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """Variables of a Flower process: nothing inherited from another Flower, nothing sent home, its own folder."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_")}
-    return kept | {
-        "FLWR_HOME": str(folder / "flwr"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
-        "PATH": f"{_BIN}:{os.environ.get('PATH', '')}",  # Flower finds its other programs by bare name
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+def start_server(programs: Programs, folder: Path) -> int:
+    """Start the server over `folder`/server; its process id."""
+    arguments: list[str | Path] = [_COMMAND, "server", "start", "--dir", folder / "server"]
+    return programs.start("server", arguments, environment(), folder)
 
 
-def _await(programs: Programs, url: str, authority: Path) -> None:
-    trust = ssl.create_default_context(cafile=str(authority))
+def _answering(programs: Programs, folder: Path) -> Admin:
     end = time.monotonic() + START
-    while time.monotonic() < end:
+    while True:
         programs.check()
         try:
-            with urllib.request.urlopen(url, timeout=2, context=trust):  # noqa: S310 - https, loopback
-                return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            time.sleep(0.1)
-    raise ConsortiumError(f"flower-superlink did not answer within {START:g} s; is this machine very busy?")
+            admin = connect(folder, None)
+            admin.get("/v1/status")
+            return admin
+        except UnreachableError as error:
+            if time.monotonic() > end:
+                raise ConsortiumError(f"the server did not answer within {START:g} s; {error}") from error
+            time.sleep(0.05)
+
+
+def register(home: Home, place: Path) -> None:
+    """Register a site's data, with the mapping and the holdout key that lie beside them."""
+    folder = place if place.is_dir() else place.parent
+    if (folder / KEY).exists() and place.is_dir():
+        private_folder(home.data(DATA).parent)
+        private_folder(home.data(DATA))
+        write_private(home.data(DATA) / KEY, (folder / KEY).read_bytes())
+    mapping = folder / "mapping.toml"
+    files = sorted(folder.glob("*.csv")) if place.is_dir() else [place]
+    Datasets(home).add(DATA, str(files[0] if files else folder), mapping if mapping.exists() else None)
+
+
+def allow(home: Home, rounds: int | None = None) -> None:
+    """A policy that allows Consortium's own tasks over the registered data."""
+    from consortium.protocol.sections import TASKS
+
+    limit = {} if rounds is None else {"rounds": rounds}
+    rules = [{"task": task, "data": DATA, **limit} for task in TASKS]
+    write_private(home.policy_file, tomli_w.dumps({"format": 1, "allow": rules}).encode())
+
+
+def environment() -> dict[str, str]:
+    """Variables of our programs: ours, less what would lead them elsewhere."""
+    kept = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    return kept | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}

@@ -16,8 +16,8 @@ import tomli_w
 from numpy.typing import NDArray
 from sklearn.datasets import load_breast_cancer
 
+from consortium.protocol.files import write_private
 from consortium.protocol.study import Study
-from consortium.simulations.certificates import private
 
 SEED = 7
 TARGET, PERSON = "malignant", "patient"
@@ -170,4 +170,4 @@ def _write(folder: Path, rows: pd.DataFrame, habits: Habits) -> None:
         folder / "patients.csv", index=False, sep=habits.separator, decimal=habits.decimal
     )
     (folder / "mapping.toml").write_text(tomli_w.dumps(document), encoding="utf-8")
-    private(folder / "holdout.key", hashlib.sha256(folder.name.encode()).digest())
+    write_private(folder / "holdout.key", hashlib.sha256(folder.name.encode()).digest())

@@ -51,8 +51,8 @@ class Programs:
 
     def start(
         self, name: str, arguments: Sequence[str | Path], environment: Mapping[str, str], folder: Path
-    ) -> None:
-        """Start a program in `folder`; what it says goes to `NAME.log` there."""
+    ) -> int:
+        """Start a program in `folder`; what it says goes to `NAME.log` there. Its process id."""
         path = folder / f"{name}.log"
         with path.open("ab") as log:
             process = subprocess.Popen(
@@ -66,6 +66,7 @@ class Programs:
                 preexec_fn=_end_with_parent,
             )
         self._started.append((name, process, path))
+        return process.pid
 
     def check(self) -> None:
         """See that all are running.

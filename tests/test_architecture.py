@@ -32,8 +32,8 @@ MAY_IMPORT = {
 PURE = {"protocol", "strategies", "privacy"}
 TOO_HEAVY_FOR_PURE = {"flwr", "torch", "grpc"}
 FLOWER_ADAPTERS = {
-    "client/app.py", "client/executor.py", "server/app.py", "server/flower_strategy.py", "server/grid.py",
-    "simulations/deployment.py",
+    "client/app.py", "server/app.py", "server/flower_strategy.py", "server/grid.py",
+
 }  # fmt: skip
 HEAVY = {
     "flwr", "grpc", "matplotlib", "numpy", "onnx", "onnxruntime", "pandas", "pyarrow", "ray", "scipy",

@@ -1,4 +1,4 @@
-"""A certificate authority of a day, for a demonstration on one machine: TLS for the server, a key for each site."""
+"""What Flower's stock processes need on one machine: a certificate authority of a day, and a key for each node."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 HOST = "127.0.0.1"
 AUTHORITY, CERTIFICATE, KEY = "ca.pem", "server.pem", "server.key"
-_DAY = dt.timedelta(days=1)
 
 
 def write_certificates(folder: Path) -> None:
     """Write `ca.pem`, `server.pem` and `server.key` for this machine's loopback; the authority's key is not kept."""
     authority, server = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    issuer = _named("Consortium demonstration")
+    issuer = _named("Benchmark")
     use = x509.KeyUsage(
         digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False,
         key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
@@ -49,20 +48,19 @@ def write_certificates(folder: Path) -> None:
         .add_extension(issued_by, critical=False)
         .sign(authority, hashes.SHA256())
     )
-    private(folder / AUTHORITY, root.public_bytes(Encoding.PEM))
-    private(folder / CERTIFICATE, leaf.public_bytes(Encoding.PEM))
-    private(folder / KEY, server.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    _private(folder / AUTHORITY, root.public_bytes(Encoding.PEM))
+    _private(folder / CERTIFICATE, leaf.public_bytes(Encoding.PEM))
+    _private(folder / KEY, server.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 def write_node_key(path: Path) -> bytes:
-    """Write a site's private key (P-384, OpenSSH as Flower reads it); returns its public key (PEM)."""
+    """Write a node's private key (P-384, OpenSSH as Flower reads it); returns its public key (PEM)."""
     key = ec.generate_private_key(ec.SECP384R1())
-    private(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    _private(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     return key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
-def private(path: Path, content: bytes) -> None:
-    """Write a new file that only its owner may read."""
+def _private(path: Path, content: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
@@ -82,5 +80,5 @@ def _certificate(
         public_key=key,
         serial_number=x509.random_serial_number(),
         not_valid_before=now - dt.timedelta(hours=1),
-        not_valid_after=now + _DAY,
+        not_valid_after=now + dt.timedelta(days=1),
     )
