@@ -24,7 +24,7 @@ from consortium.client.home import Home
 from consortium.client.seen import Place, Seen
 from consortium.protocol import wire
 from consortium.protocol.connection import Connection, Reply, StatusError
-from consortium.protocol.errors import ConsortiumError, IntegrityError, StudyError
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.files import private_folder
 from consortium.protocol.messages import Header, Instruction, parse
 from consortium.protocol.signing import INSTRUCTION, verify
@@ -205,7 +205,7 @@ class Inbox:
             study = Study.parse(text.decode())
         except StatusError as error:
             return None, f"the study cannot be had ({error.status})"
-        except (StudyError, UnicodeDecodeError) as error:
+        except (InputError, UnicodeDecodeError) as error:
             _log.error("study %s: %s", digest[:12], error)
             return None, "the study has mistakes, as this site's version reads it"
         finally:

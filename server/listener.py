@@ -33,7 +33,7 @@ from consortium.server.http11 import (
 )
 from consortium.server.places import Caps, Places
 from consortium.server.quiet import Quiet, where
-from consortium.server.sockets import bound, counted, refuse
+from consortium.server.sockets import bound, counted, reset
 from consortium.server.stream import PeerGone, Stream
 
 __all__ = [
@@ -85,7 +85,7 @@ class Listener:
             InputError: the address cannot be bound; it says why and what to do.
         """
         assert not self._loops, "a listener is started once"
-        listening = bound(self._host, self.port, self._caps.stall)
+        listening = bound(self._host, self.port)
         self.port = listening.getsockname()[1]
         self._ending = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         name = f"door-{self.port}"
@@ -155,7 +155,7 @@ class Listener:
         )
         why = self._places.enter(stream, key, thread)
         if why:
-            refuse(connection)
+            reset(connection)
             self._quiet(logging.WARNING, "port %d: %s is turned away: %s", self.port, address, why)
             return
         try:

@@ -16,7 +16,8 @@ class Caps:
     pending, per_address: open connections that are not admitted, in all and of one address (IPv6: of one /64).
     per_peer: open connections of one admitted peer; the oldest that rests gives way to a new one.
     seconds: for handshake and headers together, and for the headers of each later request.
-    idle: between two requests. stall: for each 16 KiB of a body or an answer to pass.
+    idle: between two requests. stall: for each 16 KiB of a body to come; or of an answer to be taken by the kernel, which
+    asks for more whenever about 64 KiB have gone out.
     body_seconds: for the body, and again for the answer, of a request of an unadmitted peer, however fast it is; such a
     peer may rest for `seconds` only.
     """
@@ -108,7 +109,7 @@ class Places:
             self.cuts += 1
             streams = [one for one in self._streams if one.peer == peer]
         for stream in streams:
-            stream.cut()
+            stream.cut(resetting=True)
         return len(streams)
 
     def cut_late(self, now: float) -> None:
@@ -116,7 +117,7 @@ class Places:
         with self._lock:
             late = [one for one in self._streams if one.late(now)]
         for stream in late:
-            stream.cut()
+            stream.cut(resetting=True)
 
     def end(self) -> bool:
         """Let nobody in any more and cut all that have no request under way; False where that was done before."""

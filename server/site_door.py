@@ -44,6 +44,8 @@ class SiteDoor:
         """One request of the site `request.peer`."""
         site = request.peer
         assert site is not None  # the listener lets nobody else in
+        if not self._roster.is_member(site):  # not any more: this connection is older than that
+            return error_response(403, f"site '{site}' does not belong to the federation")
         for method, path, answer in self._routes():
             if request.path == path or (path.endswith("/") and request.path.startswith(path)):
                 return (

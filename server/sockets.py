@@ -11,6 +11,8 @@ import struct
 from consortium.protocol.errors import InputError
 
 BACKLOG = 1024
+UNSENT = 1 << 17
+"""Bytes that may wait in the kernel to be sent: so a slow peer shows progress often, and takes little memory."""
 KEEPALIVE = (20, 10, 3)
 """Seconds of silence before the kernel asks whether the peer's machine is still there, between asking, and times."""
 
@@ -18,7 +20,7 @@ _ALIVE = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 _NO_LINGER = struct.pack("ii", 1, 0)
 
 
-def bound(host: str, port: int, stall: float) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
     """A listening socket. Nagle's delay is off, dead peers are found; accepted sockets inherit both."""
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if not 0 <= port <= 65535:
@@ -36,7 +38,7 @@ def bound(host: str, port: int, stall: float) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in zip(_ALIVE, KEEPALIVE, strict=True):
             listening.setsockopt(socket.IPPROTO_TCP, option, value)
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall * 1000))
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         listening.bind(found[0][4])
         listening.listen(BACKLOG)
         listening.setblocking(False)
@@ -67,8 +69,8 @@ def counted(host: str) -> tuple[str, str]:
     return str(address), str(ipaddress.IPv6Network((address, 64), strict=False))
 
 
-def refuse(connection: socket.socket) -> None:
-    """Close a socket that was just accepted, leaving nothing behind in the kernel."""
+def reset(connection: socket.socket) -> None:
+    """Close a socket at once, leaving nothing behind in the kernel: no state, no bytes that nobody takes."""
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
     connection.close()

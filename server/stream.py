@@ -15,6 +15,8 @@ import ssl
 import threading
 import time
 
+from consortium.server.sockets import reset
+
 PACE = 16 * 1024
 """Bytes, one TLS record, that a body or an answer must move within each `stall` seconds."""
 HELD = 16 * 1024
@@ -50,7 +52,7 @@ class Stream:
         self._held = bytearray()
         self._spent, self._moved = 0.0, 0
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._resetting = False
 
     def secure(self, context: ssl.SSLContext) -> bytes | None:
         """The TLS handshake; the peer's certificate (DER), or None where it showed none.
@@ -185,10 +187,13 @@ class Stream:
             self._held += data
         return False
 
-    def cut(self) -> None:
-        """End the connection now; whatever its thread does with it fails. From any thread."""
+    def cut(self, *, resetting: bool = False) -> None:
+        """End the connection now; whatever its thread does with it fails. From any thread.
+
+        resetting: what was sent and not yet taken is dropped, too.
+        """
         with self._lock:
-            self.was_cut = True
+            self.was_cut, self._resetting = True, self._resetting or resetting
             if not self._closed:
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
@@ -212,7 +217,10 @@ class Stream:
         """Give the descriptor back."""
         with self._lock:
             self._closed = True
-            self._socket.close()
+            if self._resetting:
+                reset(self._socket)
+            else:
+                self._socket.close()
 
 
 def _reason(error: OSError) -> str:
