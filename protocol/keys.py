@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -61,8 +62,8 @@ def key_file(path: Path) -> Lock:
             f"{path}: the key file cannot be read ({error.strerror}); put it back, or correct `key_file` in the "
             "configuration"
         ) from error
-    if len(secret) < 32:
-        raise InputError(f"{path}: is no key file; it should hold at least 32 characters")
+    if not 32 <= len(secret) <= 1000:
+        raise InputError(f"{path}: is no key file; it should hold 32 to 1000 characters")
     return Lock(secret)
 
 
@@ -81,7 +82,13 @@ def passphrase(environment: Mapping[str, str] = os.environ, *, new: bool = False
             raise InputError("the two passphrases differ; try again")
     if new and len(given) < 12:
         raise InputError("the passphrase is too short; at least 12 characters would be right")
-    return Lock(given.encode())
+    return Lock(_stretched(given))
+
+
+def _stretched(text: str) -> bytes:
+    """Scrypt (RFC 7914) of a passphrase, so that guessing costs 64 MiB and a tenth of a second a try: the encryption of
+    PKCS#8 files itself stretches hardly. Each file adds a random salt of its own."""
+    return Scrypt(b"consortium passphrase 1", 32, n=1 << 16, r=8, p=1).derive(text.encode()).hex().encode()
 
 
 def lock_from(key_file_path: str, environment: Mapping[str, str] = os.environ) -> Lock:
@@ -106,7 +113,7 @@ def load_key(path: Path, lock: Lock) -> PrivateKey:
         key = load_pem_private_key(path.read_bytes(), lock.secret)
     except OSError as error:
         raise InputError(f"{path}: the private key cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: it is not encrypted at all
         raise InputError(
             f"{path}: cannot be decrypted; the key file or passphrase is not the one that it was written with"
         ) from error

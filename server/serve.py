@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.joincode import JoinCode
 from consortium.protocol.keys import Lock
 from consortium.protocol.signing import INSTRUCTION, sign
@@ -127,17 +127,17 @@ class Server:
     def invite(self, site: str, hours: float) -> dict[str, Any]:
         """A one-time code for a site; the enrolment door opens for it."""
         secret, expires = self.roster.invite(site, hours * 3600)
+        self._follow_invitations()
         config = self.federation.config
         code = JoinCode(
             federation=config.name,
             site=site,
             host=config.host,
             port=self.site_door.port,
-            enrol_port=config.enrol_port,
+            enrol_port=self._enrolment_port(),
             root=self.federation.root_fingerprint,
             secret=secret,
         )
-        self._follow_invitations()
         return {"site": site, "code": code.text(), "expires": expires}
 
     def revoke(self, site: str) -> None:
@@ -155,11 +155,19 @@ class Server:
         self.federation.rotate(time.time())
         return {"trust": self.federation.trust_serial}
 
+    def _enrolment_port(self) -> int:
+        with self._lock:
+            return self._enrolment.port if self._enrolment else self.federation.config.enrol_port
+
     # Its own upkeep
 
     def _keep_house(self) -> None:
+        advice = ""
         while not self._ended.wait(HOUSEKEEPING):
             try:
+                before, advice = advice, self.federation.advice(time.time())
+                if advice != before and advice:
+                    _log.warning("%s", advice)
                 self._follow_invitations()
                 self.federation.renew_if_due(time.time())
                 for site in self.roster.expired():
@@ -222,7 +230,7 @@ def _alone(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise ConsortiumError(
+        raise InputError(
             f"{folder}: a server runs over it already; see: consortium server status --dir {folder}"
         ) from error
     try:

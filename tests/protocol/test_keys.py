@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,6 +32,14 @@ def test_a_key_is_encrypted_on_disk_and_opens_with_its_lock_alone(tmp_path: Path
         keys.load_key(tmp_path / "identity.key", keys.new_key_file(tmp_path / "two.key"))
 
 
+def test_a_key_that_is_not_encrypted_is_refused(tmp_path: Path) -> None:
+    """A plain key in the file is not taken, so that nobody comes to rely on one."""
+    form = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "identity.key").write_bytes(KEY.private_bytes(*form))
+    with pytest.raises(InputError, match=r"identity\.key: cannot be decrypted"):
+        keys.load_key(tmp_path / "identity.key", keys.new_key_file(tmp_path / "one.key"))
+
+
 def test_a_key_of_another_kind_is_named(tmp_path: Path) -> None:
     """A connection's key where a signing key belongs is refused with the file's name."""
     lock = keys.new_key_file(tmp_path / "one.key")
@@ -40,8 +49,11 @@ def test_a_key_of_another_kind_is_named(tmp_path: Path) -> None:
 
 
 def test_a_passphrase_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is taken as it stands; a short new one and none at all are refused with what to do."""
-    assert keys.passphrase({keys.PASSPHRASE: "correct horse battery"}).secret == b"correct horse battery"
+    """It is stretched, the same each time; a short new one and none at all are refused with what to do."""
+    one = keys.passphrase({keys.PASSPHRASE: "correct horse battery"}).secret
+    assert one == keys.passphrase({keys.PASSPHRASE: "correct horse battery"}).secret
+    assert b"horse" not in one
+    assert one != keys.passphrase({keys.PASSPHRASE: "correct horse batterz"}).secret
     with pytest.raises(InputError, match="at least 12"):
         keys.passphrase({keys.PASSPHRASE: "short"}, new=True)
     monkeypatch.setattr("sys.stdin", Path(os.devnull).open())  # noqa: SIM115 - closed with the process

@@ -13,7 +13,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from consortium.protocol import credentials, files, keys, trust
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
-from consortium.protocol.keys import Lock
 from consortium.protocol.signing import raw
 from consortium.server import founding, pki
 from consortium.server.federation import Config, Federation
@@ -242,10 +241,9 @@ def test_a_passphrase(folder: Path) -> None:
     made = make(folder, use_passphrase=True, environment=right)
     assert made.config.key_file == ""
     assert not folder.with_name("fed.key").exists()
-    lock = Lock(b"correct horse battery")
-    assert Federation.open(folder, lock).root_fingerprint == made.root_fingerprint
+    assert Federation.open(folder, keys.passphrase(right)).root_fingerprint == made.root_fingerprint
     with pytest.raises(InputError, match="cannot be decrypted"):
-        Federation.open(folder, Lock(b"wrong horse battery"))
+        Federation.open(folder, keys.passphrase({"CONSORTIUM_PASSPHRASE": "wrong horse battery"}))
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
