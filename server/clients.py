@@ -16,13 +16,13 @@ from consortium.strategies.base import BlockSum
 
 @dataclass(frozen=True)
 class Block:
-    """Answers that were gated, and perhaps summed block by block, where they were made (`consortium.simulations`).
+    """Answers that were gated, and perhaps summed, where they were made (`consortium.simulations`).
 
     Only our own processes make these, through the same `Gate`; nothing that a site sends becomes one.
 
     admitted: the members' answers, without vectors where they are summed. left_out: reasons by site.
-    shared: the sum of the members' updates; None where all were left out or each brings its own. control: the same
-        for SCAFFOLD.
+    shared: a sum of updates: the members', or, without members, that over several blocks, folded in block order. None
+        where all were left out, each brings its own, or their sum comes in another. control: the same for SCAFFOLD.
     """
 
     admitted: Sequence[Admitted]

@@ -22,7 +22,8 @@ class Ballot:
     """One exchange, counted.
 
     asked: the cohort in name order. admitted: valid answers by site, in name order. left_out: reasons by site.
-    blocks: sums that came in place of vectors, in block order; empty where every answer brings its own.
+    blocks: sums that came in place of vectors, in block order, one a block or folded; empty where every answer brings
+        its own.
     """
 
     asked: tuple[str, ...]
