@@ -16,6 +16,7 @@ help: ## this list
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a minute or two the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@rm -rf *.egg-info # what an earlier version left would hide commands that are new
 	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@$(COMPILE) $(VENV)/lib
 	@touch $@

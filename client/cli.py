@@ -68,7 +68,7 @@ def join(
     config = joined.home.config
     write_template(joined.home.policy_file)
     typer.echo(f"site {config.site} has joined federation {config.federation}")
-    typer.echo(f"identity  {joined.identity}  (SHA-256; the server's admin sees the same)")
+    typer.echo(f"identity  {joined.identity}  (SHA-256 of the site's public key)")
     typer.echo(
         f"keys      encrypted under {config.key_file or 'your passphrase'}; keep a copy apart from {folder}"
     )

@@ -43,6 +43,7 @@ def run(home: Home) -> None:
         os.environ.pop(PASSPHRASE, None)
         _log_to(home)
         policy.write_template(home.policy_file)
+        _warn_of_policy(home)
         ended = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
@@ -66,6 +67,15 @@ def run(home: Home) -> None:
             control.close()
             agent.stop(ENDING)
             _log.info("the agent has ended")
+
+
+def _warn_of_policy(home: Home) -> None:
+    """A mistake in the policy is better known now than when a study is declined for it."""
+    try:
+        if not policy.load(home.policy_file).rules:
+            _log.warning("%s: allows nothing yet; edit it, it counts at once", home.policy_file)
+    except InputError as error:
+        _log.error("%s", error)
 
 
 def _calls(agent: Agent, home: Home) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the function that runs. This module turns errors into exit codes, and nothing el
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ SUMMARIES = {
     "study": "check a study file, run it in a federation, follow it",
 }
 """One line a command for `--help`, here so that showing it loads no command."""
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class _Root(click.Group):
@@ -97,11 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        _exit(
-            f"a fault in Consortium: {type(error).__name__}: {error}\nRun again with --debug and report it.",
-            1,
-        )
+        _exit(_fault(error), 1)
     raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fault(error: Exception) -> str:
+    """What to say of an error that nothing foresaw: a disk's is the operator's, any other is a fault of ours."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        where = error.filename or "a file"
+        return f"{where}: {error.strerror}; correct that (room, permissions), then type the same again"
+    return f"a fault in Consortium: {type(error).__name__}: {error}\nRun again with --debug and report it."
 
 
 def _exit(message: str, code: int) -> None:

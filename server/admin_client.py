@@ -23,10 +23,10 @@ OVER = ("finished", "finished early", "failed", "stopped")
 
 
 class Admin:
-    """A connection to one admin door. where: how the person named the server, for messages."""
+    """A connection to one admin door. hint: what to do where it does not answer."""
 
-    def __init__(self, connection: Connection, token: str, where: str) -> None:
-        self._connection, self._token, self._where = connection, token, where
+    def __init__(self, connection: Connection, token: str, hint: str) -> None:
+        self._connection, self._token, self._hint = connection, token, hint
 
     def get(self, path: str) -> dict[str, Any]:
         """What a GET answers. Raises as `post`."""
@@ -56,10 +56,7 @@ class Admin:
         try:
             return self._connection.request(method, path, document, headers=headers).document(1 << 28)
         except UnreachableError as error:
-            raise UnreachableError(
-                f"the server of {self._where} cannot be reached: {error}; is it running? "
-                "Start it: consortium server start --dir DIR"
-            ) from error
+            raise UnreachableError(f"{error}; {self._hint}") from error
         except StatusError as error:
             raise _error(error) from error
 
@@ -87,17 +84,20 @@ def connect(folder: Path | None, server: str | None, environment: Mapping[str, s
         return _remote(server, environment)
     place = folder or Path(environment.get("CONSORTIUM_SERVER_DIR", "."))
     try:
-        config = tomllib.loads((place / "server.toml").read_text(encoding="utf-8"))
+        port = int(tomllib.loads((place / "server.toml").read_text(encoding="utf-8"))["admin_port"])
         token = (place / "admin.token").read_text(encoding="utf-8").strip()
     except OSError as error:
         raise InputError(
             f"{place}: is no server's folder ({Path(error.filename).name}: {error.strerror}); give --dir DIR, "
             "or --server URL"
         ) from error
-    port = int(config["admin_port"])
-    return Admin(
-        Connection("127.0.0.1", port, trusting(place / "root.pem"), timeout=TIMEOUT), token, str(place)
-    )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{place / 'server.toml'}: has no admin_port that can be read; correct it, the server says more: "
+            f"consortium server start --dir {place}"
+        ) from error
+    connection = Connection("127.0.0.1", port, trusting(place / "root.pem"), timeout=TIMEOUT)
+    return Admin(connection, token, f"is the server running? Start it: consortium server start --dir {place}")
 
 
 def _remote(server: str, environment: Mapping[str, str]) -> Admin:
@@ -119,7 +119,7 @@ def _remote(server: str, environment: Mapping[str, str]) -> Admin:
     connection = Connection(
         parts.hostname, port, trusting(Path(root)), proxy=proxy_for(parts.hostname), timeout=TIMEOUT
     )
-    return Admin(connection, token, f"{parts.hostname}:{port}")
+    return Admin(connection, token, "is the server running there, and are address and port right?")
 
 
 def _text(path: Path, variable: str) -> str:

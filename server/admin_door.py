@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ WATCH_SECONDS = 20.0
 MOST_FAILURES = 30
 """Wrong tokens a minute; beyond it all tokens are refused, unread."""
 
+_TOKEN_NAME = re.compile(r"[\w.-]{1,63}", re.ASCII)
 _log = logging.getLogger(__name__)
 
 
@@ -155,6 +157,10 @@ class AdminDoor:
         role = _document(request).get("role")
         if role not in RANK:
             raise InputError(f"role: got {str(role)[:40]!r}; one of {', '.join(RANK)} would be right")
+        if _TOKEN_NAME.fullmatch(name) is None:
+            raise InputError(
+                f"token name: got {name[:80]!r}; at most 63 letters, digits, '.', '_', '-' would be right"
+            )
         return {"name": name, "role": role, "token": self._roster.new_token(name, str(role))}
 
 

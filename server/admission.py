@@ -9,6 +9,7 @@ repaired lie is still a lie. Norms are measured here, once, in float64.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,10 @@ from consortium.protocol.metrics import examples, problem
 
 _CHUNK = 1 << 13
 """Numbers; a longer dot product would wake BLAS's threads, and its bits would depend on how many there are."""
+
+_MOST_METRICS = 64
+_METRIC = re.compile(r"[\w.@%/-]{1,64}", re.ASCII)
+"""A metric's name is kept with the round, and shown to people."""
 
 _LEAST_WEIGHT = 2.0**-64
 """Below it a weight may be zero in float32, and a mean of such weights 0 / 0."""
@@ -78,7 +83,11 @@ class Gate:
         return Admitted(answer, 0.0)
 
     def _metrics(self, answer: Answer) -> str:
+        if len(answer.metrics) > _MOST_METRICS:
+            return f"sends {len(answer.metrics)} metrics; at most {_MOST_METRICS} are kept"
         for name, counts in answer.metrics.items():
+            if _METRIC.fullmatch(name) is None:
+                return f"metric '{_clip(name)}' has no name of at most 64 letters and digits"
             if not np.isfinite(counts).all():
                 return f"metric '{_clip(name)}' is not finite"
             wrong = problem(name, counts)

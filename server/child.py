@@ -22,7 +22,7 @@ ENDING = 5.0
 """Seconds from SIGTERM to SIGKILL."""
 LOG = "log.txt"
 SCRATCH = ".work"
-"""A folder in the run's for workers, emptied at each start."""
+"""A folder in the run's for workers and caches, which is there while the process is."""
 COMMAND = (sys.executable, "-s", "-P", "-B", "-m", "consortium.server.run_process")
 
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")
@@ -42,8 +42,9 @@ class Child:
         command: tuple[str, ...] = COMMAND,
     ) -> None:
         self._log = folder / LOG
-        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-        scratch = private_folder(folder / SCRATCH)
+        self._scratch = folder / SCRATCH
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        private_folder(self._scratch)
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
@@ -52,7 +53,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=_environment(scratch),
+                env=_environment(self._scratch),
                 cwd=folder,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
@@ -99,9 +100,10 @@ class Child:
                 os.kill(self.pid, number)
 
     def close(self) -> None:
-        """End it if it has not, and let go of the socket."""
+        """End it if it has not, and let go of its socket and scratch folder."""
         self.end()
         self.connection.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def death(self) -> str:
         """How it ended, with the last line of its log."""

@@ -5,7 +5,8 @@ spooled to a file and handed to the run (`taken`, `answers`). An offer stays unt
 ends, so a connection that breaks, or a site that starts anew, costs nothing but time. All of it is in memory: after a
 restart of the server a run asks again.
 
-A site is at hand while a poll of its is open, and for a moment after one.
+A site is at hand while a poll of its is open, and for a moment after one, or after an answer: after a cut its answer
+may be here before its next poll.
 """
 
 from __future__ import annotations
@@ -190,6 +191,7 @@ class Exchange:
                 return False
             del asked.waiting[offer.site]
             asked.answered[offer.nonce] = hashlib.sha256(received.header).hexdigest()
+            self._sites.setdefault(offer.site, _Presence()).last = time.monotonic()
             asked.came.put(received)
             return True
 

@@ -16,8 +16,7 @@ class Caps:
     pending, per_address: open connections that are not admitted, in all and of one address (IPv6: of one /64).
     per_peer: open connections of one admitted peer; the oldest that rests gives way to a new one.
     seconds: for handshake and headers together, and for the headers of each later request.
-    idle: between two requests. stall: for each 16 KiB of a body to come; or of an answer to be taken by the kernel, which
-    asks for more whenever about 64 KiB have gone out.
+    idle: between two requests. stall: for each 16 KiB of a body to come, and each 64 KiB of an answer to go.
     body_seconds: for the body, and again for the answer, of a request of an unadmitted peer, however fast it is; such a
     peer may rest for `seconds` only.
     """

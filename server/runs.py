@@ -168,14 +168,17 @@ class Runs:
             run = self._find(name)
             running = self._running.get(run.name)
         if running is None or run.state in OVER:
-            raise RefusedError(f"run '{run.name}' is not under way ({run.state})")
+            raise RefusedError(
+                f"run '{run.name}' is not under way ({run.state}); "
+                f"to begin another: consortium study start {run.study}"
+            )
         return running
 
     def _find(self, name: str) -> Run:
         run = self._archive.latest(name) or self._archive.run(name)
         if run is None:
             known = any(one["name"] == name for one in self._archive.studies())
-            what = f"study '{name}' has no run" if known else f"there is no study or run '{name}'"
+            what = f"study '{name}' has no run" if known else f"there is no study or run '{name[:80]}'"
             raise InputError(f"{what}; see: consortium study list")
         return run
 
@@ -216,7 +219,7 @@ class Runs:
                         "why": "",
                     }
                     return {**about, "since": one["submitted"], **nothing}
-            raise InputError(f"there is no study or run '{name}'; see: consortium study list")
+            raise InputError(f"there is no study or run '{name[:80]}'; see: consortium study list")
         standing = self._standing(run.name)
         sites = {
             site: {"last_round": standing.rounds.get(site, 0), "last_error": standing.errors.get(site)}
@@ -237,7 +240,7 @@ class Runs:
         run = self._archive.latest(name) or self._archive.run(name)
         if run is None:
             about = self.show(name)
-            self._archive.wait("", after, seconds)
+            self._archive.wait("", after, min(seconds, 1.0))  # nothing tells when a run begins
             return {"run": None, "state": about["state"], "why": about["why"], "events": []}
         found = self._archive.events(run.name, after, MOST_EVENTS)
         if not found and run.state not in OVER and self._archive.wait(run.name, after, seconds):

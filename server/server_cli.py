@@ -60,6 +60,7 @@ def init(
     """
     from consortium.server.federation import Federation
 
+    before = (folder / "admin.token").exists()  # it is made last
     made = Federation.init(
         folder,
         name=name,
@@ -83,7 +84,7 @@ def init(
         typer.echo(json.dumps(said))
         return
     kept = "your passphrase" if not made.config.key_file else made.config.key_file
-    typer.echo(f"federation {name}: made in {folder}")
+    typer.echo(f"federation {name}: {'was made before, and is whole' if before else 'made'} in {folder}")
     typer.echo(f"root       {made.root_fingerprint}  (SHA-256; sites compare it)")
     typer.echo(f"keys       encrypted under {kept}; keep a copy of it and of {folder}, apart from each other")
     typer.echo(

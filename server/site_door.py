@@ -107,6 +107,8 @@ class SiteDoor:
             return error_response(410, "is not asked, or not any more")
         try:
             about = self._checked(header, signature, offer)
+            if request.left != about.length:  # it may still be sent as a whole
+                return error_response(400, "the body is not as long as its header says")
             content = self._content(request, about) if about.length else None
         except IntegrityError as error:
             _log.warning("site %s: its answer is refused: %s", site, error)

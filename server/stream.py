@@ -18,11 +18,13 @@ import time
 from consortium.server.sockets import reset
 
 PACE = 16 * 1024
-"""Bytes, one TLS record, that a body or an answer must move within each `stall` seconds."""
+"""Bytes, one TLS record, of a body that must come within each `stall` seconds."""
+SENT = 64 * 1024
+"""Bytes of an answer that must be taken within each `stall` seconds: OpenSSL comes back when all of them are."""
 HELD = 16 * 1024
 """Bytes that are taken off a connection ahead of need."""
 PIECE = 1 << 20
-"""Bytes that are handed to OpenSSL at once."""
+"""Bytes that are asked of OpenSSL at once."""
 
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
@@ -34,7 +36,8 @@ class PeerGone(Exception):  # noqa: N818 - it is no error: peers come and go
 class Stream:
     """One connection. Its methods are for the thread that owns it; `cut` is for any.
 
-    stall: seconds that `PACE` bytes may take. address: of the peer. peer: the name that it was admitted under.
+    stall: seconds that `PACE` bytes of a body, or `SENT` of an answer, may take. address: of the peer. peer: the name
+    that it was admitted under.
     until: when (`time.monotonic`) the reaper cuts the connection, None for never; `limit` bounds it further.
     busy: a request is under way. resting: none is, or it waits for something to tell the peer.
     """
@@ -131,14 +134,14 @@ class Stream:
         """Send all of it.
 
         Raises:
-            PeerGone: the peer is gone, or did not take `PACE` bytes within `stall` seconds.
+            PeerGone: the peer is gone, or did not take `SENT` bytes within `stall` seconds.
         """
         assert self._tls is not None
         view, sent = memoryview(data).cast("B"), 0
         while sent < len(view):
             self.allow(self._stall)
             try:
-                sent += self._tls.send(view[sent : sent + PIECE])
+                sent += self._tls.send(view[sent : sent + SENT])
             except OSError as error:
                 raise PeerGone(_reason(error)) from error
         self.until = None

@@ -71,7 +71,7 @@ def submit(
         typer.echo(json.dumps(said))
         return
     typer.echo(f"study {said['study']}: submitted, {said['digest']}")
-    typer.echo(f"\nNext: consortium study start {said['study']}")
+    typer.echo(f"\nNext: consortium study start {said['study']}{_same(folder, url)}")
 
 
 @study.command()
@@ -87,7 +87,7 @@ def start(name: Name, folder: Folder = None, url: Url = None, as_json: Json = Fa
         typer.echo(json.dumps(said))
         return
     typer.echo(f"run {said['run']}: started")
-    typer.echo(f"\nNext: consortium study watch {name}")
+    typer.echo(f"\nNext: consortium study watch {name}{_same(folder, url)}")
 
 
 @study.command()
@@ -98,15 +98,25 @@ def watch(name: Name, folder: Folder = None, url: Url = None, as_json: Json = Fa
     """
     from consortium.server.admin_client import connect
 
-    state, why = "", ""
+    state, why, told = "", "", False
     for found in connect(folder, url).events(name):
         for event in found["events"]:
             typer.echo(json.dumps(event) if as_json else line(event))
         state, why = found["state"], found["why"]
+        if found["run"] is None and not told:
+            typer.echo(
+                f"not started yet; start it: consortium study start {name}{_same(folder, url)}", err=True
+            )
+            told = True
     if state == "failed":
         raise ConsortiumError(f"study '{name}': failed; {why}")
     if not as_json:
-        typer.echo(f"{_stands(state, why)}\n\nNext: consortium study show {name}")
+        typer.echo(f"\nNext: consortium study show {name}{_same(folder, url)}")
+
+
+def _same(folder: Path | None, url: str | None) -> str:
+    """The options of a next command that reaches the same server."""
+    return (f" --dir {folder}" if folder else "") + (f" --server {url}" if url else "")
 
 
 def _command(action: str, what: str) -> None:
