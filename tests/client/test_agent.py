@@ -226,6 +226,16 @@ def test_an_answer_is_sent_until_it_is_taken_and_not_after_it_was_refused_for_go
     assert len(work.given) == 2
 
 
+def test_a_large_answer_that_is_too_late_is_not_sent_again_and_again(world: World, start: Start) -> None:
+    """The server says 410 before it has read the body of 40 MB: the site understands, and gives it up."""
+    agent = start(Trivial(size=10_000_000))
+    one = world.instruction()
+    world.late.add(one.nonce)
+    world.offer(one)
+    wait_for(lambda: agent.status()["runs"].get("r", {}).get("state") == "not taken", 20, "not given up")
+    assert world.puts == 1
+
+
 def test_polls_go_on_while_work_and_sending_go_on(world: World, start: Start) -> None:
     """Work of 4 s: the server hears from the site all the time."""
     start(Trivial(before=lambda _: time.sleep(4)))

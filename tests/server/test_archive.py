@@ -95,6 +95,26 @@ def test_a_commit_replaces_the_one_before_and_brings_its_events(archive: Archive
     assert [event["round"] for event in archive.events(run)] == [1, 2]
 
 
+def test_bytes_and_name_reach_the_disk_before_the_row(
+    archive: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut in between leaves the commit before; one after it finds the file whole."""
+    run, kept = archive.propose(STUDY.name).name, os.fsync
+    synced: list[tuple[str, bool]] = []
+
+    def fsync(file: int) -> None:
+        kept(file)
+        named = [path.stat().st_ino for path in archive.folder.iterdir()]
+        what = "folder" if os.path.samestat(os.fstat(file), archive.folder.stat()) else "file"
+        synced.append((what, os.fstat(file).st_ino in named or what == "folder"))
+        assert archive.committed(run) is None
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    commit(archive, run, 1)
+    assert synced == [("file", True), ("folder", True)]
+    assert archive.committed(run) is not None
+
+
 def test_what_no_commit_names_is_swept_at_the_start(archive: Archive, tmp_path: Path) -> None:
     """Files that a crash left go, files of commits stay."""
     run = archive.propose(STUDY.name).name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -118,7 +119,8 @@ def test_a_run_makes_its_first_model_and_leaves_one_that_serves(tmp_path: Path) 
         assert model.contract["model"] == digest_of([one.model(run)])
         assert one.runs.show(NAME)["model"] == str(folder / "model")
         assert not (folder / "initial.bin").exists()
-        assert list((folder / ".work").iterdir()) == []
+        one.runs.close()
+        assert not (folder / ".work").exists()
 
 
 def test_a_run_waits_for_its_sites_and_says_for_how_many(quick: World) -> None:
@@ -198,6 +200,25 @@ def test_kill_9_of_a_runs_process_changes_no_bit(phase: str, quick: World) -> No
     assert len(lines) == 10
 
 
+@pytest.mark.slow
+def test_kill_9_while_a_worker_works_changes_nothing(tmp_path: Path) -> None:
+    """While the first model is made, and while the last one is exported: both are made again, and it serves."""
+    folder = tmp_path / "runs" / RUN
+    with world(tmp_path, study_of(), COMMAND, prepared=False) as one:
+        one.sites.join()
+        one.start()
+        for made in ("log.txt", "result.json"):
+            while not (folder / made).exists() or not list(folder.glob(".work/consortium-worker-*/*.txt")):
+                time.sleep(0.01)
+            pid = process_of(one)
+            os.kill(pid, signal.SIGKILL)
+            assert dies(pid)
+            while one.runs.process(RUN) in (None, pid):
+                time.sleep(0.01)
+        ends_as_simulated(one)
+        assert load_model(folder / "model").contract["model"] == digest_of([one.model(RUN)])
+
+
 @pytest.mark.parametrize("committed_first", [True, False])
 def test_kill_9_around_a_commit_changes_no_bit(
     committed_first: bool, quick: World, monkeypatch: pytest.MonkeyPatch
@@ -270,10 +291,14 @@ def test_kill_9_of_the_server_leaves_nothing_running_and_the_run_continues(
     while not pid:
         said = server.stdout.readline().split()
         pid = int(said[2]) if said[1] == str(round) else 0
+    os.kill(pid, signal.SIGSTOP)  # as one that computes for long, and does not look at its socket
     server.send_signal(signal.SIGKILL)
     server.wait()
     server.stdout.close()
-    assert dies(pid)
+    gone = dies(pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    assert gone
     with world(tmp_path, STUDY, QUICK) as one:
         one.sites.join()
         one.runs.take_up()

@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from leftovers import living
+from leftovers import holders, living
 
 from consortium.client.site import rows
 from consortium.client.task import task_of
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.simulations.demo import new_folder, run_demo
+from consortium.simulations.demo_cli import _page
 from consortium.simulations.hospitals import HABITS, patients, study_of, write_hospitals
 from consortium.simulations.programs import Programs
 from consortium.simulations.sites import gather
@@ -119,7 +120,8 @@ def test_a_program_that_ends_by_itself_is_reported_with_its_last_words(tmp_path:
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_the_whole_demonstration(tmp_path: Path) -> None:
-    """Three hospitals join and train; a fresh process predicts, keys are encrypted and private, nothing is left."""
+    """Three hospitals join and train; a fresh process predicts, keys are encrypted and private, nothing is left; the
+    table has a row for each, and what they reach alone, together and pooled."""
     said: list[str] = []
     done = run_demo(tmp_path, study_of(2), 3, said.append)
     assert living(str(tmp_path)) == []
@@ -129,6 +131,15 @@ def test_the_whole_demonstration(tmp_path: Path) -> None:
     keys = [path for path in done.folder.rglob("*") if path.suffix in (".key", ".pem") and path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in keys} == {0o600}
     assert not [path for path in keys if re.search(rb"BEGIN (EC |RSA )?PRIVATE KEY", path.read_bytes())]
+    assert [one.name for one in done.hospitals] == ["hospital-1", "hospital-2", "hospital-3"]
+    assert sum(one.training + one.test for one in done.hospitals) == 569
+    assert done.local < done.federated
+    assert abs(done.pooled - done.federated) < 0.05
+    page = _page(done)
+    assert [line.split()[0] for line in page.splitlines() if line.startswith("hospital-")] == [
+        one.name for one in done.hospitals
+    ]
+    assert all(word in page for word in ("local-only", "federated", "pooled", str(done.model), done.digest))
 
 
 @pytest.mark.slow
@@ -164,17 +175,18 @@ def test_interrupted_it_leaves_nothing_running(number: signal.Signals, tmp_path:
     log = tmp_path / "log"
     with log.open("w") as file:
         demo = subprocess.Popen(
-            [COMMAND, "demo", "--dir", tmp_path / "d", "--sites", "2"],
+            [COMMAND, "demo", "--dir", tmp_path / "d", "--sites", "2", "--rounds", "1000"],
             stdout=file,
             stderr=file,
             start_new_session=True,
         )
     try:
-        end = time.monotonic() + 90
-        while "hospitals joined" not in log.read_text() and time.monotonic() < end:
+        end = time.monotonic() + 120
+        while "round 1:" not in log.read_text() and time.monotonic() < end:
             time.sleep(0.2)
-        time.sleep(3)
-        assert len(living(str(tmp_path))) > 4
+        assert len(living(str(tmp_path))) == 7, (
+            log.read_text()
+        )  # it, server, run, two clients and their workers
         sent = time.monotonic()
         demo.send_signal(number)
         assert demo.wait(30) == 130, log.read_text()
@@ -183,5 +195,6 @@ def test_interrupted_it_leaves_nothing_running(number: signal.Signals, tmp_path:
         demo.kill()
         demo.wait()
     assert living(str(tmp_path)) == []
+    assert holders(tmp_path) == []
     assert "Traceback" not in log.read_text()
     assert log.read_text().endswith("stopped\n")

@@ -55,7 +55,7 @@ def main(lie: str, descriptor: int) -> None:
     link = Link(connection)
     first = link.first()
     if lie == "garbage":
-        connection.sendall(os.urandom(1 << 16))
+        connection.sendall(b"\xff" + os.urandom(1 << 16))  # no length that is allowed
     elif lie == "a gigabyte":
         connection.sendall((1 << 30).to_bytes(4, "big") + b"x" * (1 << 20))
     elif lie == "not an object":

@@ -45,7 +45,8 @@ class World:
 
     studies: texts by digest.
     offers: frames by nonce; those that a poll does not name are sent. answers: what came, by nonce.
-    refuse: HTTP status by nonce that a PUT gets in place of being taken. polls: what each poll said.
+    refuse: HTTP status by nonce that a PUT gets in place of being taken. late: nonces whose PUT is refused unread.
+    polls: what each poll said.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class World:
     answers: dict[str, Answer] = field(default_factory=dict)
     headers: dict[str, bytes] = field(default_factory=dict)
     refuse: dict[str, int] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
     polls: list[dict[str, Any]] = field(default_factory=list)
     notice: str = ""
     trusts: int = 0
@@ -191,6 +193,8 @@ class World:
 
     def _put(self, request: Request, nonce: str) -> Response:
         self.puts += 1
+        if nonce in self.late:
+            return error_response(410, "too late")
         header, signature = wire.read_preamble(request.read_exactly)
         verify(public_key(self.roster.identity(SITE)), ANSWER, header, signature)
         content = request.read(1 << 30)
@@ -219,6 +223,7 @@ class Trivial:
     before: Callable[[Given], None] = lambda given: None
     given: list[Given] = field(default_factory=list)
     interrupts: int = 0
+    size: int = 1000
     finishes: list[str] = field(default_factory=list)
     changes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -228,7 +233,7 @@ class Trivial:
     def answer(self, given: Given) -> Answered:
         self.given.append(given)
         self.before(given)
-        update = Payload({"shared": np.ones(1000, np.float32)})
+        update = Payload({"shared": np.ones(self.size, np.float32)})
         answer = Answer.to_instruction(given.about, weight=1.0, payload=update)
         header, views = encode(replace(answer, **self.changes))
         file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - the agent closes it
