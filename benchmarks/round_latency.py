@@ -25,6 +25,7 @@ from statistics import median
 from contenders import agents, flower_live
 from contenders.live import (
     Processes,
+    Watch,
     cpu_seconds,
     follow,
     live_federation,
@@ -85,14 +86,14 @@ def many(number: int, rounds: int, idle: float) -> list[Row]:
             resident = memory_mb([seen.server]) - alone
             say(f"{rounds} rounds")
             marks: list[float] = []
-            found = follow(
-                live, study_of("many", rounds), lambda number: marks.append(cpu_seconds(seen.loop()))
-            )
-            busy = memory_mb(seen.loop())
+            with Watch(seen.loop) as watch:
+                found = follow(
+                    live, study_of("many", rounds), lambda _: marks.append(cpu_seconds(seen.loop()))
+                )
     spent = [after - before for before, after in pairwise(marks)]
     name = f"{number} sites"
     return [
-        Row.of(f"{name}, a round", found.rounds, peak_mb=busy),
+        Row.of(f"{name}, a round", found.rounds, peak_mb=watch.mb),
         Row.of(f"{name}, server's processor a round", spent),
         Row.of("one more idle site, processor a minute", [resting / number * 60 / idle]),
         single("one more idle site, memory", resident / number * 1000, "KB"),

@@ -26,6 +26,7 @@ def right(federation: Live) -> bytes:
     return simulated(study("any", SITES), list(federation.places.values()))
 
 
+@pytest.mark.slow
 def test_worker_run_process_and_agent_are_killed_in_mid_training(federation: Live, right: bytes) -> None:
     """kill -9 of a worker in round 1, of the run's process in round 2, of an agent, which is started again, in round 3:
     every round counts both sites, the model has the bytes of `simulate`, and nothing is left."""

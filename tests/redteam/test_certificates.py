@@ -111,10 +111,14 @@ def test_a_site_makes_no_certificates_for_others(siege: Realm, alba: Actor, mall
 
 @pytest.mark.parametrize("door", ["port", "admin_port"])
 def test_nothing_below_tls_1_3_is_spoken(siege: Realm, alba: Actor, door: str) -> None:
-    """TLS 1.2 and plain HTTP get no answer at the site door and the admin door."""
+    """TLS 1.2, with a good certificate, and plain HTTP get no answer at the site door and the admin door."""
     port = getattr(siege.founded.config, door)
+    context = showing(*credentials.load(alba.home.tls_file, alba.home.lock()))
+    with Line(port, context):
+        pass
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError):
-        Line(port, blind(tls12=True))
+        Line(port, context)
     with Line(port, None) as line:
         line.send(head("GET", wire.TRUST))
         assert line.reply("GET").status == 0

@@ -33,9 +33,11 @@ from consortium.server.listener import Caps, Listener, Request, Response, error_
 
 @dataclass
 class Tap:
-    """Answers a site in the server's place. frame: what each poll gets, until an answer comes. trust: what is shown
-    as the trust
-    statement. study: the text of every study."""
+    """Answers a site in the server's place.
+
+    frame: what each poll gets, until an answer comes. trust: what is shown as the trust statement. study: the text of
+    every study.
+    """
 
     trust: Any
     study: str = ""

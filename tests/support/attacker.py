@@ -42,13 +42,10 @@ class Said:
 NOTHING = Said()
 
 
-def blind(*, tls12: bool = False) -> ssl.SSLContext:
+def blind() -> ssl.SSLContext:
     """TLS of an attacker, who trusts everybody and shows nothing."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    if tls12:
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.maximum_version = ssl.TLSVersion.TLSv1_2
     return context
 
 
