@@ -221,7 +221,7 @@ def test_ctrl_c_keeps_what_is_done(folder: Path) -> None:
     """Stopped in the second of many seeds: the first is printed and written, the exit code is 130."""
     command = [str(BIN / "consortium"), "simulate", "study.toml", "--data", "all.csv", "--no-baselines"]
     process = subprocess.Popen(
-        [*command, "--processes", "0", "--rounds", "20", "--seeds", "200", "--out", "out"],
+        [*command, "--processes", "0", "--rounds", "20", "--seeds", "2000", "--out", "out"],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stderr is not None
@@ -229,14 +229,20 @@ def test_ctrl_c_keeps_what_is_done(folder: Path) -> None:
         if "seed" in line and "seed 7:" not in line:
             break
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=30)
+    except (
+        subprocess.TimeoutExpired
+    ):  # Python drops an interrupt that meets a destructor; a person presses again
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     assert "stopped" in err
     assert "Traceback" not in err
     assert "fedavg" in out
     facts = json.loads((folder / "out" / "run.json").read_text())
     assert facts["status"] == "stopped"
-    assert 1 <= len(facts["seeds"]) < 200
+    assert 1 <= len(facts["seeds"]) < 2000
     assert "Stopped" in (folder / "out" / "report.html").read_text()
 
 
