@@ -167,7 +167,7 @@ class Cohort(Section):
 
     min_sites: Annotated[int, Field(ge=1)] = 2
     size: Annotated[int, Field(ge=1)] | None = None
-    deadline: Annotated[float, BeforeValidator(seconds), Field(gt=0)] = 600.0
+    deadline: Annotated[float, BeforeValidator(seconds), Field(gt=0, le=30 * 86400.0)] = 600.0
     max_weight: Annotated[float, Field(gt=0, le=1e15)] = 10_000.0
     approvals: Annotated[int, Field(ge=1)] = 1
 

@@ -136,6 +136,7 @@ def test_the_message_names_the_file_and_the_next_command(tmp_path: Path) -> None
         ("min_sites = 3", "min_sites = 3\nsize = 2", "cohort.size"),
         ('deadline = "10m"', 'deadline = "soon"', "cohort.deadline"),
         ('deadline = "10m"', 'deadline = "0s"', "cohort.deadline"),
+        ('deadline = "10m"', 'deadline = "31d"', "cohort.deadline"),
         ('metric = "auroc"', 'metric = "rmse"', "evaluation.metric"),
         ('mechanism = "none"', 'mechanism = "none"\nepsilon = 3.0', "privacy.epsilon"),
         ('mechanism = "none"', 'mechanism = "dp-sgd"', "privacy.mechanism"),
