@@ -85,7 +85,8 @@ class Store:
         arrays = {f"committed.{kind}": vector for kind, vector in kept.memory.committed.items()}
         arrays |= {f"pending.{kind}": vector for kind, vector in kept.memory.pending.items()}
         if views:
-            arrays["answer.content"] = np.frombuffer(b"".join(views), np.uint8)
+            content = views[0] if len(views) == 1 else b"".join(views)  # a lone vector is not copied
+            arrays["answer.content"] = np.frombuffer(content, np.uint8)
         about = {"format": FORMAT, "pending_round": str(kept.memory.pending_round), "answer": header.decode()}
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
