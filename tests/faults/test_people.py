@@ -11,6 +11,8 @@ import pytest
 from live import COMMAND, Live, children, hospitals, simulated, study
 
 ONE, TWO = "hospital-1", "hospital-2"
+LONG = 1500
+"""Epochs of a round that is longer than a command takes to start."""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -53,7 +55,8 @@ def test_a_study_is_paused_and_goes_on_over_a_restart_of_the_server(federation: 
 def test_a_site_is_paused_in_mid_training_and_takes_part_again(federation: Live) -> None:
     """Its worker ends at once, the run waits and says for whom; when it takes part again the run ends, same bytes."""
     name, site = "site-paused", federation.home(ONE).folder
-    federation.start(study(name, 2))
+    one = study(name, 2, epochs=LONG)
+    federation.start(one)
     federation.at_work(ONE, name, 2)
     type_in(site, "client", "pause")
     federation.until(lambda: not children(federation.pids[ONE]), 5, "the worker is not ended")
@@ -67,20 +70,21 @@ def test_a_site_is_paused_in_mid_training_and_takes_part_again(federation: Live)
     type_in(site, "client", "resume")
     shown = federation.over(name)
     assert (shown["state"], shown["sites"][ONE]) == ("finished", {"last_round": 4, "last_error": None})
-    assert federation.model(name) == simulated(study(name, 2), list(federation.places.values()))
+    assert federation.model(name) == simulated(one, list(federation.places.values()))
     federation.quiet()
 
 
 def test_a_study_is_stopped_in_mid_training_and_begun_anew(federation: Live) -> None:
     """Its process is gone when the command returns; what was committed is shown; the next run is another, and ends."""
     name, server = "stopped", federation.folder / "server"
-    one = study(name, 2, rounds=3)
+    one = study(name, 2, rounds=3, epochs=LONG)
     federation.start(one)
     federation.at_work(ONE, name, 2)
     assert "stopped" in type_in(server, "study", "stop", name)
     assert children(federation.pids["server"]) == []
     shown = federation.show(name)
-    assert (shown["state"], shown["round"]) == ("stopped", 1)
+    assert shown["state"] == "stopped"
+    assert shown["round"] in (1, 2)  # the command takes a moment to start
     federation.start(one)
     shown = federation.over(name)
     assert (shown["state"], shown["run"]) == ("finished", f"{name}.2")
