@@ -21,12 +21,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 
 from consortium.client.folder import source_in
-from consortium.client.site import open_site, start
+from consortium.client.site import check_model, open_site, start
 from consortium.client.store import Kept, Store
 from consortium.client.task import task_of
-from consortium.client.trainer import Resident
 from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
-from consortium.protocol.layout import digest_of
 from consortium.protocol.messages import Answer, Instruction, decode, encode
 from consortium.protocol.study import Study
 from consortium.strategies.chosen import strategy_of
@@ -88,26 +86,13 @@ def answer_to(instruction: Instruction, study: Study, site: str, folder: Path) -
         return before
     task, strategy = task_of(study), strategy_of(study)
     net = start(study, task, strategy.local)
-    _check_model(instruction, net)
+    check_model(instruction, net)
     one = open_site(study, task, strategy.local, net, source_in(folder, site))
     one.memory = kept.memory
     answer = one.answer(instruction)
     if answer.status == "done":
         store.save(Kept(one.memory, answer))
     return answer
-
-
-def _check_model(instruction: Instruction, net: Resident) -> None:
-    """The model must be the one that the instruction names, in this study's layout."""
-    vectors = instruction.payload.vectors
-    wrong = instruction.layout != net.layout.digest
-    for kind, vector in vectors.items():
-        segment = net.layout["control" if kind == "control" else "shared"]
-        wrong |= vector.shape != (segment.size,) or vector.dtype != segment.numpy_dtype
-    if instruction.kind != "query":
-        wrong |= "shared" not in vectors or digest_of([vectors["shared"]]) != instruction.model
-    if wrong:
-        raise IntegrityError("the instruction's model is not what it says, or not of this study's layout")
 
 
 def _declined(instruction: Instruction, reason: str) -> Answer:

@@ -27,13 +27,12 @@ from typing import Any, BinaryIO
 
 import torch
 
-from consortium.client.site import Site, open_site, start
+from consortium.client.site import Site, check_model, open_site, start
 from consortium.client.store import Kept, Store
 from consortium.client.task import Source, task_of
 from consortium.client.trainer import Resident
 from consortium.protocol import local
 from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
-from consortium.protocol.layout import digest_of
 from consortium.protocol.messages import Answer, Instruction, assemble, encode, parse
 from consortium.protocol.study import Study
 from consortium.strategies.chosen import strategy_of
@@ -134,7 +133,7 @@ class Worker:
         before = self._kept.answer_to(instruction)
         if before is not None:
             return before
-        _check_model(instruction, self._net)
+        check_model(instruction, self._net)
         try:
             answer = self._site.answer(instruction)
             if answer.status == "declined":
@@ -145,19 +144,6 @@ class Worker:
             return answer
         finally:
             self._site.memory = self._kept.memory  # what was not kept did not happen
-
-
-def _check_model(instruction: Instruction, net: Resident) -> None:
-    """The model must be the one that the instruction names, in this study's layout."""
-    vectors = instruction.payload.vectors
-    wrong = instruction.layout != net.layout.digest
-    for kind, vector in vectors.items():
-        segment = net.layout["control" if kind == "control" else "shared"]
-        wrong |= vector.shape != (segment.size,) or vector.dtype != segment.numpy_dtype
-    if instruction.kind != "query":
-        wrong |= "shared" not in vectors or digest_of([vectors["shared"]]) != instruction.model
-    if wrong:
-        raise IntegrityError("the instruction's model is not what it says, or not of this study's layout")
 
 
 def _mapped(files: list[int]) -> memoryview:

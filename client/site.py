@@ -27,7 +27,8 @@ from consortium.client.trainer import (
     schedule,
     seed_for,
 )
-from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.errors import ConsortiumError, IntegrityError
+from consortium.protocol.layout import digest_of
 from consortium.protocol.messages import Answer, Instruction, Payload, Statistics
 from consortium.protocol.metrics import at_most
 from consortium.protocol.study import Study
@@ -184,3 +185,20 @@ def open_site(
 def start(study: Study, task: Task, local: Local) -> Resident:
     """This process's model, at the study's initial weights: every process that calls this has the same."""
     return resident(task, local, seed_for(study.seed, "initial model", 0))
+
+
+def check_model(instruction: Instruction, net: Resident) -> None:
+    """The model must be the one that the instruction names, in this study's layout; checked before a live site computes.
+
+    Raises:
+        IntegrityError: it is not.
+    """
+    vectors = instruction.payload.vectors
+    wrong = instruction.layout != net.layout.digest
+    for kind, vector in vectors.items():
+        segment = net.layout["control" if kind == "control" else "shared"]
+        wrong |= vector.shape != (segment.size,) or vector.dtype != segment.numpy_dtype
+    if instruction.kind != "query":
+        wrong |= "shared" not in vectors or digest_of([vectors["shared"]]) != instruction.model
+    if wrong:
+        raise IntegrityError("the instruction's model is not what it says, or not of this study's layout")

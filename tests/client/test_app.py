@@ -43,7 +43,7 @@ def hospitals(tmp_path: Path) -> dict[str, Path]:
 
 
 def client(site: str, folder: Path) -> Node:
-    """A node that runs the real ClientApp, as the executor's fork does: nothing is kept but on disk."""
+    """A node that runs the real ClientApp, each message as in a process of its own: nothing is kept but on disk."""
 
     def reply(message: Message) -> Message:
         config: Any = {"site": site, "folder": str(folder)}
