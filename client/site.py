@@ -188,7 +188,7 @@ def start(study: Study, task: Task, local: Local) -> Resident:
 
 
 def check_model(instruction: Instruction, net: Resident) -> None:
-    """The model must be the one that the instruction names, in this study's layout; checked before a live site computes.
+    """The model must be the one that the instruction names, in this study's layout; checked before a site computes.
 
     Raises:
         IntegrityError: it is not.
