@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from consortium.protocol.errors import IntegrityError
 
 INSTRUCTION, ANSWER, TRUST, JOIN = "instruction", "answer", "trust", "join"
+CHAIN, HEAD = "chain", "head"
 """The purposes."""
 SIGNATURE_BYTES = 64
 """The length of an Ed25519 signature."""

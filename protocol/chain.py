@@ -1,0 +1,385 @@
+"""An append-only log that shows what was done to it: JSON lines, hash-chained, signed by their owner, format 1.
+
+    {"at":…,"body":{…},"format":1,"kind":"…","previous":"…","sequence":1,"signature":"…"}
+
+Each line is canonical JSON. `previous` is the SHA-256 of the whole line before, signature included; of the first
+line it is that of the chain's name, so that one chain cannot be shown as another. The signature (Ed25519) is over the
+line without its signature. So the last line's signature covers everything before it, and a change of any byte is found
+at the line where it was made.
+
+The holder of the key can still cut the end off, or write another history and sign it. Against that the other side
+keeps heads: it signs each head that it is shown (`countersign`), and `verify` finds a chain that does not contain a
+head which was countersigned. What is found is named as precisely as the heads allow.
+
+`append` returns once the entry survives a power cut. A crash leaves at most a torn last line, which was never
+acknowledged and is cut away by the next `append`; readers pass over it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from consortium.protocol.errors import InputError, IntegrityError
+from consortium.protocol.files import sync_folder
+from consortium.protocol.messages import canonical
+from consortium.protocol.signing import CHAIN, HEAD, sign
+from consortium.protocol.signing import verify as verify_signature
+
+FORMAT = 1
+MAX_LINE = 1 << 18
+"""Bytes of a line."""
+_FIELDS = {"at", "body", "format", "kind", "previous", "sequence", "signature"}
+
+
+@dataclass(frozen=True, order=True)
+class Head:
+    """The end of a chain: the number of its last entry (0: none) and the SHA-256 (hex) of that line."""
+
+    sequence: int
+    hash: str
+
+    @property
+    def text(self) -> str:
+        """As it travels: "17:9f86d081…"."""
+        return f"{self.sequence}:{self.hash}"
+
+    @staticmethod
+    def parse(text: str) -> Head:
+        """A head from its text.
+
+        Raises:
+            IntegrityError: it is none.
+        """
+        number, _, digest = text.partition(":")
+        sound = number.isascii() and number.isdigit() and len(number) < 16 and str(int(number)) == number
+        if not sound or not _is_hex(digest, 64):
+            raise IntegrityError("chain: the head of a chain was expected")
+        return Head(int(number), digest)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line. at: seconds since the epoch, by its owner's clock. body: plain values. hash: of the line, in hex."""
+
+    sequence: int
+    at: float
+    kind: str
+    body: Mapping[str, Any]
+    previous: str
+    signature: str
+    hash: str
+
+    @property
+    def head(self) -> Head:
+        """The chain's head when this was its last entry."""
+        return Head(self.sequence, self.hash)
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A head, signed by one who was shown it. signature: hex, over the chain's name and the head."""
+
+    head: Head
+    signature: str
+
+
+def start_of(name: str) -> Head:
+    """The head of the empty chain of that name."""
+    return Head(0, hashlib.sha256(b"consortium/1 chain " + name.encode()).hexdigest())
+
+
+def countersign(key: Ed25519PrivateKey, name: str, head: Head) -> Witness:
+    """Sign a head of somebody's chain: who does so has seen it, and keeps it to compare."""
+    return Witness(head, sign(key, HEAD, _shown(name, head)).hex())
+
+
+def check_witness(key: Ed25519PublicKey, name: str, witness: Witness) -> None:
+    """Returns where `key` countersigned that head of the chain of that name.
+
+    Raises:
+        IntegrityError: it did not.
+    """
+    signature = bytes.fromhex(witness.signature) if _is_hex(witness.signature, 128) else b""
+    verify_signature(key, HEAD, _shown(name, witness.head), signature)
+
+
+def _shown(name: str, head: Head) -> bytes:
+    return canonical({"format": FORMAT, "chain": name, "sequence": head.sequence, "hash": head.hash})
+
+
+class Chain:
+    """The log of its owner, at `path`; for any number of threads and processes, one appends at a time.
+
+    name: what it is and whose, such as "audit hospitals site-1"; part of every hash.
+    key: the owner's. earlier: public keys that the owner signed with before.
+
+    Raises:
+        IntegrityError: the log is damaged; the entry is named.
+        InputError: it cannot be read.
+    """
+
+    def __init__(
+        self, path: Path, name: str, key: Ed25519PrivateKey, earlier: Sequence[Ed25519PublicKey] = ()
+    ) -> None:
+        self.path, self.name, self._key = Path(path), name, key
+        self._keys = (key.public_key(), *earlier)
+        self._lock = threading.Lock()
+        self._head, self._end, self._line = start_of(name), 0, b""  # the last line, and where it ends
+        if self.path.exists():
+            with _opened(self.path) as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                self._catch_up(file)
+
+    @property
+    def head(self) -> Head:
+        """The head as of the last `append` or opening."""
+        return self._head
+
+    def append(self, kind: str, body: Mapping[str, Any], at: float) -> Head:
+        """Add an entry; it is durable when this returns.
+
+        Raises:
+            IntegrityError: what others did to the file meanwhile is no continuation of it.
+            InputError: the entry has more than `MAX_LINE` bytes, or holds something that JSON has not.
+            OSError: it cannot be written; the log is as before.
+        """
+        with self._lock:
+            new = not self.path.exists()
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "r+b", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self._catch_up(file)
+                line = self._next(kind, body, at)
+                try:
+                    os.ftruncate(descriptor, self._end)  # a torn line of an earlier crash
+                    _write(descriptor, line, self._end)
+                    os.fsync(descriptor)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(descriptor, self._end)
+                    raise
+            if new:
+                sync_folder(self.path.parent)
+            self._head = Head(self._head.sequence + 1, hashlib.sha256(line[:-1]).hexdigest())
+            self._end, self._line = self._end + len(line), line
+            return self._head
+
+    def entries(self, after: int = 0) -> Iterator[Entry]:
+        """The entries with a number above `after`, checked as far as hashes go."""
+        return entries(self.path, self.name, after)
+
+    def _next(self, kind: str, body: Mapping[str, Any], at: float) -> bytes:
+        entry = {
+            "format": FORMAT,
+            "sequence": self._head.sequence + 1,
+            "at": at,
+            "kind": kind,
+            "body": body,
+            "previous": self._head.hash,
+        }
+        try:
+            content = canonical(entry)
+            line = canonical({**entry, "signature": sign(self._key, CHAIN, content).hex()}) + b"\n"
+            same = json.loads(content) == entry
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"chain: an entry '{kind}' holds what JSON cannot: {error}") from error
+        if not same:
+            raise InputError(f"chain: an entry '{kind}' holds what would be read back otherwise")
+        if len(line) > MAX_LINE:
+            raise InputError(f"chain: an entry '{kind}' has {len(line)} bytes; at most {MAX_LINE} are kept")
+        return line
+
+    def _catch_up(self, file: BinaryIO) -> None:
+        """Read what others appended since, and find that what was known is still there."""
+        if self._line and os.pread(file.fileno(), len(self._line), self._end - len(self._line)) != self._line:
+            raise IntegrityError(
+                f"{self.path}: entry {self._head.sequence} is not what it was; the log was replaced or cut while it "
+                "was in use"
+            )
+        file.seek(self._end)
+        found = _Scan(self.path, self._head, self._end, self._keys)
+        for _ in found.over(file):
+            pass
+        if found.line:
+            _check_signatures(self.path, self.name, self._keys, found)
+            self._head, self._end, self._line = found.head, found.end, found.line
+
+
+def verify(path: Path, name: str, keys: Sequence[Ed25519PublicKey], witnessed: Sequence[Head] = ()) -> Head:
+    """The head of a chain of which everything was checked, and which contains every head in `witnessed`.
+
+    keys: any of them may have signed. A missing file is an empty chain.
+
+    Raises:
+        IntegrityError: naming the first entry that is not as it was written; or the first one that was, or may have
+            been, rewritten or cut off, where the chain is sound in itself but lacks a head that was witnessed.
+        InputError: the file cannot be read.
+    """
+    found = _Scan(path, start_of(name), 0, keys)
+    wanted = {head.sequence: head for head in sorted(witnessed)}
+    if len(wanted) < len(set(witnessed)):
+        one = _twice(witnessed)
+        raise IntegrityError(f"{path}: entry {one} was shown with two contents: its owner's log was forked")
+    seen: dict[int, str] = {0: found.head.hash}
+    if path.exists():
+        with _opened(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            for entry in found.over(file):
+                if entry.sequence in wanted:
+                    seen[entry.sequence] = entry.hash
+    if found.line:
+        _check_signatures(path, name, keys, found)
+    for last, number in pairwise([0, *sorted(wanted)]):
+        if number > found.head.sequence:
+            raise IntegrityError(
+                f"{path}: entry {found.head.sequence + 1} is missing; the log has {found.head.sequence} entries, and "
+                f"the other side has seen {max(wanted)}: it was cut, or an old copy was put back"
+            )
+        if seen[number] != wanted[number].hash:
+            which = f"entry {number}" if last + 1 >= number else f"one of the entries {last + 1} to {number}"
+            raise IntegrityError(
+                f"{path}: {which} is not the one that the other side has seen: the log was rewritten by the holder of "
+                "its key"
+            )
+    return found.head
+
+
+def entries(path: Path, name: str, after: int = 0) -> Iterator[Entry]:
+    """The entries of a chain with a number above `after`, in order, checked as far as hashes go; `verify` checks all.
+
+    Raises:
+        IntegrityError, InputError: as `verify`.
+    """
+    if not path.exists():
+        return
+    with _opened(path) as file:
+        for entry in _Scan(path, start_of(name), 0).over(file):
+            if entry.sequence > after:
+                yield entry
+
+
+class _Scan:
+    """A walk over lines: the head so far, the last line, and where it ends. keys: tell which of two lines is wrong."""
+
+    def __init__(self, path: Path, head: Head, end: int, keys: Sequence[Ed25519PublicKey] = ()) -> None:
+        self.path, self.head, self.end, self.line, self.keys = path, head, end, b"", keys
+
+    def over(self, file: BinaryIO) -> Iterator[Entry]:
+        with os.fdopen(os.dup(file.fileno()), "rb") as buffered:
+            buffered.seek(self.end)
+            while line := buffered.readline(MAX_LINE + 1):
+                if not line.endswith(b"\n"):
+                    if len(line) > MAX_LINE:
+                        raise self._bad("is longer than a line can be")
+                    return  # torn by a crash, never acknowledged
+                entry = self._entry(line)
+                self.head, self.end, self.line = entry.head, self.end + len(line), line
+                yield entry
+
+    def _entry(self, line: bytes) -> Entry:
+        try:
+            fields = json.loads(line)
+            if not isinstance(fields, dict) or set(fields) != _FIELDS or canonical(fields) != line[:-1]:
+                raise self._bad("is not as it was written")
+            entry = Entry(
+                fields["sequence"], fields["at"], fields["kind"], fields["body"], fields["previous"],
+                fields["signature"], hashlib.sha256(line[:-1]).hexdigest(),
+            )  # fmt: skip
+        except (ValueError, RecursionError) as error:
+            raise self._bad("is not as it was written") from error
+        if type(fields["format"]) is not int or fields["format"] != FORMAT:
+            raise self._bad(f"has a format that this version does not know ({str(fields['format'])[:20]})")
+        typed = (
+            type(fields["sequence"]) is int
+            and isinstance(fields["at"], int | float)
+            and isinstance(fields["kind"], str)
+            and isinstance(fields["body"], dict)
+            and _is_hex(entry.signature, 128)
+        )
+        if not typed or entry.sequence != self.head.sequence + 1:
+            raise self._bad("is not as it was written, or not in its place")
+        if entry.previous != self.head.hash:
+            raise self._broken(line)
+        return entry
+
+    def _broken(self, line: bytes) -> IntegrityError:
+        """The link between two lines does not hold: the one whose signature fails was changed."""
+        number = self.head.sequence
+        if not number and (not self.keys or _signed(self.keys, line)):
+            return self._bad(
+                "does not begin this log: it is another's, or the entries before it were removed"
+            )
+        if number and (not self.keys or not _signed(self.keys, self.line)):
+            return IntegrityError(
+                f"{self.path}: entry {number} is not as it was written (entry {number + 1} names another before it)"
+            )
+        return self._bad("is not as it was written")
+
+    def _bad(self, what: str) -> IntegrityError:
+        return IntegrityError(f"{self.path}: entry {self.head.sequence + 1} {what}")
+
+
+def _check_signatures(path: Path, name: str, keys: Sequence[Ed25519PublicKey], found: _Scan) -> None:
+    """The last signature covers all lines; only where it fails, the first bad one is looked for.
+
+    Raises:
+        IntegrityError: naming the first entry that no key of `keys` signed.
+    """
+    if _signed(keys, found.line):
+        return
+    number = found.head.sequence
+    with _opened(path) as file:
+        for line in file:
+            if line.endswith(b"\n") and not _signed(keys, line):
+                number = int(json.loads(line)["sequence"])
+                break
+    raise IntegrityError(f"{path}: entry {number} is not signed by the owner of '{name}'")
+
+
+def _signed(keys: Sequence[Ed25519PublicKey], line: bytes) -> bool:
+    fields = json.loads(line)
+    signature = bytes.fromhex(fields.pop("signature"))
+    content = canonical(fields)
+    for key in keys:
+        with contextlib.suppress(IntegrityError):
+            verify_signature(key, CHAIN, content, signature)
+            return True
+    return False
+
+
+def _write(descriptor: int, content: bytes, at: int) -> None:
+    left = memoryview(content)
+    while left:
+        count = os.pwrite(descriptor, left, at)
+        left, at = left[count:], at + count
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from error
+
+
+def _is_hex(text: object, length: int) -> bool:
+    return isinstance(text, str) and len(text) == length and not set(text) - set("0123456789abcdef")
+
+
+def _twice(heads: Sequence[Head]) -> int:
+    found: dict[int, str] = {}
+    for head in heads:
+        if found.setdefault(head.sequence, head.hash) != head.hash:
+            return head.sequence
+    return 0
