@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 # On all cores, where pip compiles on one; workers are fresh processes, and load torch in half the time. The file that is left
 # out is of a later Python.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x py312_intrinsics
+# Two processes, because many tests start several of their own; a file stays in one, so that what its tests share is made once.
+PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test slow lint format check clean
@@ -27,10 +29,10 @@ demo: $(INSTALLED) ## a federation of four sites on this machine, from certifica
 	@$(BIN)/consortium demo
 
 test: $(INSTALLED) ## the quick tests
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL)
 
 slow: $(INSTALLED) ## the tests that take longer
-	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python -m pytest -q -m slow $(PARALLEL)
 
 lint: $(INSTALLED) ## style and types
 	@$(BIN)/ruff check

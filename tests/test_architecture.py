@@ -1,6 +1,7 @@
 """The floors of the house: packages, the direction of imports, where Flower stands, a light command line.
 
-Everything is read from the source tree, so these tests skip where only the built wheel is at hand.
+What is said of modules is read from the packages as they are installed, be it the source tree or a wheel; what is
+said of the source tree skips where that is not at hand.
 """
 
 import ast
@@ -11,6 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import entry_points, packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -65,16 +67,22 @@ def _names(node: ast.AST, package: str) -> Iterator[str]:
             yield node.args[0].value
 
 
+def rooms() -> dict[str, Path]:
+    """The folder of each package that is installed: in the source tree, or where a wheel was unpacked."""
+    found = {room: find_spec(f"consortium.{room}") for room in MAY_IMPORT}
+    return {room: Path(spec.origin).parent for room, spec in found.items() if spec and spec.origin}
+
+
 def modules() -> list[Path]:
-    """Every module of the namespace, relative to the repository."""
+    """Every module of the namespace, relative to it: `server/coordinator.py`."""
     return sorted(
-        path.relative_to(REPOSITORY) for room in MAY_IMPORT for path in (REPOSITORY / room).rglob("*.py")
+        path.relative_to(folder.parent) for folder in rooms().values() for path in folder.rglob("*.py")
     )
 
 
 def imports_of(module: Path) -> set[str]:
     package = ".".join(["consortium", *module.parent.parts])
-    return imported((REPOSITORY / module).read_text(encoding="utf-8"), package)
+    return imported((rooms()[module.parts[0]].parent / module).read_text(encoding="utf-8"), package)
 
 
 def root(name: str) -> str:
@@ -116,10 +124,13 @@ def test_packages_of_the_distribution_are_the_folders() -> None:
     }
 
 
-@NEEDS_REPOSITORY
 def test_every_folder_with_modules_is_a_package() -> None:
     """No module lies in a folder that the wheel would leave out."""
-    assert [str(path) for path in modules() if not (REPOSITORY / path.parent / "__init__.py").exists()] == []
+    assert [
+        str(path)
+        for path in modules()
+        if not (rooms()[path.parts[0]].parent / path.parent / "__init__.py").exists()
+    ] == []
 
 
 @NEEDS_REPOSITORY
@@ -132,7 +143,6 @@ def test_namespace_has_no_init_and_the_type_checkers_link() -> None:
     assert link.readlink() == Path("..")
 
 
-@NEEDS_REPOSITORY
 def test_imports_point_one_way() -> None:
     """protocol <- strategies <- privacy <- client, server <- simulations; client and server stay apart."""
     assert modules(), "no module was found, so nothing was tested"
@@ -146,7 +156,6 @@ def test_imports_point_one_way() -> None:
     assert wrong == []
 
 
-@NEEDS_REPOSITORY
 def test_bare_names_of_the_folders_are_not_imported() -> None:
     """Nothing imports `server` where `consortium.server` is meant; it would work in the source tree alone."""
     wrong = [
@@ -158,7 +167,6 @@ def test_bare_names_of_the_folders_are_not_imported() -> None:
     assert wrong == []
 
 
-@NEEDS_REPOSITORY
 def test_pure_packages_import_no_engine() -> None:
     """protocol, strategies and privacy import no flwr, torch or grpc, also not late."""
     wrong = [
@@ -171,7 +179,6 @@ def test_pure_packages_import_no_engine() -> None:
     assert wrong == []
 
 
-@NEEDS_REPOSITORY
 def test_flower_stands_in_its_adapters_alone() -> None:
     """Exactly the adapters named above, at most eight, import flwr: a Flower release touches those alone."""
     found = {str(module) for module in modules() if any(root(name) == "flwr" for name in imports_of(module))}
