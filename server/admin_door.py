@@ -14,6 +14,7 @@ import logging
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -33,7 +34,7 @@ MAX_STUDY = 1 << 20
 """Bytes of a study file."""
 WATCH_SECONDS = 20.0
 MOST_FAILURES = 30
-"""Wrong tokens a minute; beyond it all tokens are refused, unread."""
+"""Wrong tokens a minute; whoever sends another is told to wait. A right one is served all the same."""
 
 _TOKEN_NAME = re.compile(r"[\w.-]{1,63}", re.ASCII)
 _log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class AdminDoor:
     def __init__(self, host: Host, roster: Roster, archive: Archive, exchange: Exchange, runs: Runs) -> None:
         self._host, self._roster, self._archive = host, roster, archive
         self._exchange, self._runs = exchange, runs
-        self._failures: list[float] = []
+        self._failures: deque[float] = deque(maxlen=MOST_FAILURES)
         self._lock = threading.Lock()
         self._routes = (
             _Route("GET", "/v1/status", "viewer", lambda _, __: host.status()),
@@ -85,6 +86,8 @@ class AdminDoor:
         """One request of whoever holds a token."""
         found = self._who(request)
         if found is None:
+            if self._too_many():
+                return error_response(429, "too many wrong tokens; try again in a minute, with the right one")
             return error_response(
                 401, "a token is needed: --dir on the server's machine, or CONSORTIUM_TOKEN"
             )
@@ -103,16 +106,15 @@ class AdminDoor:
     def _who(self, request: Request) -> tuple[str, str] | None:
         """Name and role of the request's token."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        return self._roster.role_of(token) if scheme.lower() == "bearer" and token else None
+
+    def _too_many(self) -> bool:
+        """Note a wrong token; whether `MOST_FAILURES` came within the minute before it."""
         now = time.monotonic()
         with self._lock:
-            self._failures = [one for one in self._failures if now - one < 60.0]
-            if len(self._failures) >= MOST_FAILURES:
-                return None
-        found = self._roster.role_of(token) if scheme.lower() == "bearer" and token else None
-        if found is None:
-            with self._lock:
-                self._failures.append(now)
-        return found
+            many = len(self._failures) == MOST_FAILURES and now - self._failures[0] < 60.0
+            self._failures.append(now)
+        return many
 
     def _submit(self, request: Request) -> dict[str, Any]:
         document = _document(request, MAX_STUDY)

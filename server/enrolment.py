@@ -28,7 +28,8 @@ from consortium.server.listener import Request, Response, error_response, json_r
 from consortium.server.roster import Joining, Roster
 
 MOST_FAILURES = 20
-"""Failed attempts within `WINDOW` seconds, by whomever; beyond, nobody is listened to for a while."""
+"""Failed attempts within `WINDOW` seconds, by whomever; beyond, only the secret of an invitation that
+can be used is listened to for a while, so that nobody who guesses can shut out whoever was invited."""
 WINDOW = 60.0
 MAX_REQUEST = 16 * 1024
 """Bytes of a request to join."""
@@ -65,10 +66,11 @@ class Enrolment:
 
     def _attempt(self, request: Request) -> Response:
         ticket = self._attempts.begin()
-        if ticket is None:
-            return error_response(429, "too many attempts failed; try again in a minute")
         try:
-            answer = self._join(request.read(MAX_REQUEST))
+            fields = _fields(request.read(MAX_REQUEST))
+            if ticket is None and not self._roster.invited(fields["site"], fields["secret"]):
+                return error_response(429, "too many attempts failed; try again in a minute")
+            answer = self._join(fields)
         except (InputError, IntegrityError) as error:
             return error_response(400, str(error))
         except RefusedError as error:
@@ -81,8 +83,7 @@ class Enrolment:
         self._changed()
         return json_response(answer)
 
-    def _join(self, content: bytes) -> dict[str, Any]:
-        fields = _fields(content)
+    def _join(self, fields: dict[str, Any]) -> dict[str, Any]:
         site, csr, identity = fields["site"], fields["csr"], fields["identity"]
         issue = self._federation.issuer_for(csr)
         proved = proof_content(csr, self._federation.config.name, site)

@@ -98,6 +98,14 @@ class Roster:
             )
         return secret, now + seconds
 
+    def invited(self, site: str, secret: str) -> bool:
+        """Whether a secret (hex) is that of an invitation of `site` that has not expired. Digests are compared, in
+        constant time; nothing is written."""
+        sql = "SELECT secret FROM invitations WHERE site = ? AND expires > ?"
+        row = self._store.row(sql, site, self._clock())
+        known = str(row["secret"]) if row is not None else _digest("")
+        return hmac.compare_digest(known, _digest(secret)) and row is not None
+
     def outstanding(self) -> bool:
         """Whether an invitation can be used now: then the enrolment door is open. One that was used counts until its
         site was let in at the site door, since the answer may have been lost on its way."""

@@ -234,24 +234,39 @@ def status(door: Enrolment, document: Any) -> int:
 
 
 def test_failures_are_limited(one: Doors) -> None:
-    """So many a minute in all, of whatever kind; then nobody is listened to, and a minute later everybody again.
-    What succeeds does not count."""
+    """So many a minute in all, of whatever kind; then no wrong secret is listened to, and a minute later all again.
+    What succeeds does not count, and the right secret is served all the while."""
     now = 0.0
     door = Enrolment(one.federation, one.roster, clock=lambda: now)
     for place in range(30):
         secret, _ = one.roster.invite(f"s{place}", 60)
         assert status(door, Applicant().request(f"s{place}", secret)) == 200
     secret, _ = one.roster.invite("late", 3600)
+    bad = Applicant().request("late", "ab" * 16)
     for place in range(MOST_FAILURES):
         now += 1
-        bad = Applicant().request("late", "ab" * 16) if place % 2 else {"format": 1}
-        assert status(door, bad) in (400, 403)
-    good = Applicant().request("late", secret)
-    assert status(door, good) == 429
+        assert status(door, bad if place % 2 else {"format": 1}) in (400, 403)
+    assert [status(door, one) for one in (bad, Applicant().request("unknown", "ab" * 16))] == [429, 429]
     now += WINDOW - MOST_FAILURES
-    assert status(door, good) == 429
+    assert status(door, bad) == 429
+    assert status(door, Applicant().request("late", secret)) == 200
     now += 1
-    assert status(door, good) == 200
+    assert status(door, bad) == 403
+
+
+def test_a_right_secret_that_is_over_is_limited_as_a_wrong_one(one: Doors) -> None:
+    """Where too many have failed, one that was used up and one that has expired are not looked at further."""
+    door = Enrolment(one.federation, one.roster, clock=lambda: 0.0)
+    used, _ = one.roster.invite("used", 3600)
+    chain = send(one, Applicant().request("used", used))["chain"]
+    leaf = x509.load_pem_x509_certificates(chain.encode())[0]
+    assert one.roster.admit(leaf.public_bytes(Encoding.DER)) == "used"  # the invitation is over
+    late, _ = one.roster.invite("late", 10)
+    one.clock.ahead = 11
+    for _ in range(MOST_FAILURES):
+        assert status(door, {"format": 1}) == 400
+    for site, secret in (("used", used), ("late", late)):
+        assert status(door, Applicant().request(site, secret)) == 429
 
 
 def test_many_at_once_get_no_further(one: Doors) -> None:
