@@ -7,7 +7,6 @@ same answer again without computing it, or it has not. The file is safetensors; 
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.numpy import save
 
 from consortium.client.site import Memory
 from consortium.protocol.errors import IntegrityError
-from consortium.protocol.files import sync_folder
+from consortium.protocol.files import private_folder, write_private
 from consortium.protocol.layout import Vector
 from consortium.protocol.messages import Answer, Instruction, decode, encode
 
@@ -88,12 +87,5 @@ class Store:
             content = views[0] if len(views) == 1 else b"".join(views)  # a lone vector is not copied
             arrays["answer.content"] = np.frombuffer(content, np.uint8)
         about = {"format": FORMAT, "pending_round": str(kept.memory.pending_round), "answer": header.decode()}
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = self._path.with_suffix(".partial")
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(save(arrays, about))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
-        sync_folder(self._path.parent)
+        private_folder(self._path.parent)
+        write_private(self._path, save(arrays, about))

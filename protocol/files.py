@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from consortium.protocol.errors import InputError
@@ -15,20 +17,35 @@ def write_private(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full, read-only, and the like; what was there is untouched then.
     """
+    write_pieces(path, [content])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
+    """As `write_private`, of content that is never in memory as a whole."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            for piece in pieces:
+                write_all(descriptor, piece)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         partial.replace(path)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that went read-only; what is left of it is in nobody's way
+            partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk does not say where
         raise
     sync_folder(path.parent)
+
+
+def write_all(descriptor: int, content: bytes | bytearray | memoryview) -> None:
+    """Write all of `content` to an open file, from where it stands."""
+    left = memoryview(content).cast("B")
+    while left:
+        left = left[os.write(descriptor, left) :]
 
 
 def sync_folder(folder: Path) -> None:
@@ -41,13 +58,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def private_folder(path: Path) -> Path:
-    """The folder `path`, made with mode 0700 where it is missing, and closed to others where it is not.
+    """The folder `path`, made with mode 0700 where it is missing, and closed to others where it is not. Its name is
+    durable when this returns, so that what is kept in it can be.
 
     Raises:
         InputError: it cannot be made or is not ours.
     """
     try:
+        missing = [one for one in (path, *path.parents) if not one.exists()]
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for one in missing:
+            sync_folder(one.parent)
         if path.stat().st_mode & 0o077:
             path.chmod(0o700)
     except OSError as error:

@@ -14,6 +14,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,16 +206,27 @@ class Archive:
         before, now = self.committed(run), self._clock()
         name = f"{run}.{round}.{attempt}.{secrets.token_hex(4)}"
         self._name(file, name)
-        with self._store.transaction() as db:
-            db.execute(
-                "INSERT OR REPLACE INTO commits VALUES (?, ?, ?, ?, ?, ?)",
-                (run, round, attempt, name, sha256, now),
-            )
-            for event in events:
-                _add(db, run, now, event)
+        try:
+            with self._store.transaction() as db:
+                db.execute(
+                    "INSERT OR REPLACE INTO commits VALUES (?, ?, ?, ?, ?, ?)",
+                    (run, round, attempt, name, sha256, now),
+                )
+                for event in events:
+                    _add(db, run, now, event)
+        except ConsortiumError:
+            kept = self.committed(run)
+            if kept is None or kept.file != name:
+                self._drop(name)
+            raise
         if before is not None:
-            (self.folder / before.file).unlink(missing_ok=True)
+            self._drop(before.file)
         self._tell()
+
+    def _drop(self, name: str) -> None:
+        """Remove a file that no commit names; what cannot be removed now is swept at the next start."""
+        with suppress(OSError):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _name(self, file: int, name: str) -> None:
         """Give a file without a name one, durably."""
@@ -228,7 +240,7 @@ class Archive:
             finally:
                 os.close(folder)
         except OSError as error:
-            (self.folder / name).unlink(missing_ok=True)
+            self._drop(name)
             raise ConsortiumError(
                 f"{self.folder / name}: the checkpoint cannot be written ({error.strerror}); is the disk full?"
             ) from error
