@@ -23,6 +23,7 @@ from typing import BinaryIO
 from consortium.client.home import Home
 from consortium.client.seen import Place, Seen
 from consortium.protocol import wire
+from consortium.protocol.bundle import MAX_BUNDLE, MAX_STUDY, Bundle, of, read
 from consortium.protocol.connection import Connection, Reply, StatusError
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.files import private_folder
@@ -35,10 +36,8 @@ MAX_CONTENT = 4 << 30
 """Bytes of an instruction's content that a site takes."""
 SPARE_DISK = 64 << 20
 """Bytes of the disk that are left free."""
-MAX_STUDY = 1 << 20
-"""Bytes of a study's text."""
 STUDIES = 16
-"""Texts that are kept in memory."""
+"""Studies that are kept in memory."""
 
 _log = logging.getLogger("consortium.agent")
 
@@ -60,6 +59,7 @@ class Taken:
     content: BinaryIO | None = None
     study: Study | None = None
     reason: str = ""
+    bundle: Bundle | None = None
 
 
 class Inbox:
@@ -81,7 +81,7 @@ class Inbox:
         self._home, self._seen, self._aside, self._has = home, seen, aside, has
         self._clock, self._max_content = clock, max_content
         self._trust: Trust = home.trust()
-        self._studies: dict[str, Study] = {}
+        self._bundles: dict[str, Bundle] = {}
         private_folder(home.spool)
 
     @property
@@ -122,8 +122,8 @@ class Inbox:
         if reason:
             reply.close()
             return Taken(header, about, reason=reason)
-        study, reason = self._study(about.study)
-        return Taken(header, about, content, study, reason)
+        bundle, reason = self._bundle(about.study)
+        return Taken(header, about, content, bundle.study if bundle is not None else None, reason, bundle)
 
     def _verify(self, header: bytes, signature: bytes) -> None:
         """Raises IntegrityError where no trusted key signed; a key may be newer than the statement that is held."""
@@ -193,32 +193,35 @@ class Inbox:
             raise Dropped("the content's SHA-256 is not what the header says")
         return file, ""
 
-    def _study(self, digest: str) -> tuple[Study | None, str]:
-        """The study of a digest, and why there is none."""
-        if digest in self._studies:
-            return self._studies[digest], ""
+    def _bundle(self, digest: str) -> tuple[Bundle | None, str]:
+        """The bundle of the study of a digest, and why there is none."""
+        if digest in self._bundles:
+            return self._bundles[digest], ""
         aside = self._aside()
         try:
-            text = aside.request("GET", wire.STUDIES + digest).read(MAX_STUDY + 1)
-            if len(text) > MAX_STUDY:
+            content = aside.request("GET", wire.STUDIES + digest).read(MAX_BUNDLE + 1)
+            if not content.startswith(b"PK") and len(content) > MAX_STUDY:
                 return None, f"the study has more than {MAX_STUDY} bytes"
-            study = Study.parse(text.decode())
+            found = read(content) if content.startswith(b"PK") else of(Study.parse(content.decode()))
         except StatusError as error:
             return None, f"the study cannot be had ({error.status})"
+        except IntegrityError as error:
+            _log.error("study %s: %s", digest[:12], error)
+            return None, "the study's bundle is not in the form that it must have"
         except (InputError, UnicodeDecodeError) as error:
             _log.error("study %s: %s", digest[:12], error)
             return None, "the study has mistakes, as this site's version reads it"
         finally:
             aside.close()
-        if study.digest != digest:
+        if found.study.digest != digest:
             return (
                 None,
-                "the study's text is not the one that the instruction names, as this site's version reads it",
+                "the study is not the one that the instruction names, as this site's version reads it",
             )
-        while len(self._studies) >= STUDIES:
-            del self._studies[next(iter(self._studies))]
-        self._studies[digest] = study
-        return study, ""
+        while len(self._bundles) >= STUDIES:
+            del self._bundles[next(iter(self._bundles))]
+        self._bundles[digest] = found
+        return found, ""
 
 
 def _signed(trust: Trust, header: bytes, signature: bytes) -> None:

@@ -6,6 +6,7 @@ got and what would be right. A study is frozen; nothing here runs anything.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tomllib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
+from consortium.protocol import code as own_code
 from consortium.protocol.checking import check
 from consortium.protocol.errors import InputError, StudyError
 from consortium.protocol.messages import canonical
@@ -62,7 +64,8 @@ class Study(BaseModel):
     privacy: Privacy
     export: Export
     _text: str = PrivateAttr(default="")
-    _folder: Path = PrivateAttr(default=Path())
+    _folder: Path | None = PrivateAttr(default=None)
+    _code: dict[str, str] = PrivateAttr(default_factory=dict)  # SHA-256 by path of the study's own files
 
     @staticmethod
     def load(path: str | Path) -> Study:
@@ -84,8 +87,14 @@ class Study(BaseModel):
         return Study.parse(text, source=str(path), folder=path.parent)
 
     @staticmethod
-    def parse(text: str, source: str = "study", folder: Path | None = None) -> Study:
-        """The study in a TOML text; `source` names it in errors, `folder` is where its code lies.
+    def parse(
+        text: str,
+        source: str = "study",
+        folder: Path | None = None,
+        code: Mapping[str, bytes] | None = None,
+    ) -> Study:
+        """The study in a TOML text; `source` names it in errors, `folder` is where its code lies, and `code` are the
+        files of that by path, where they are known already.
 
         Raises:
             InputError: it is not TOML, or nested too deeply.
@@ -100,7 +109,7 @@ class Study(BaseModel):
             raise InputError(too_deep) from error
         except ValueError as error:  # also of a number with thousands of digits
             raise InputError(f"{source}: is not valid TOML: {error}; correct that line") from error
-        return _study(document, source, text, folder or Path())
+        return _study(document, source, text, folder, code)
 
     @property
     def text(self) -> str:
@@ -110,12 +119,17 @@ class Study(BaseModel):
     @property
     def folder(self) -> Path:
         """Where the study's own code lies."""
-        return self._folder
+        return self._folder or Path()
 
     @property
     def built_in(self) -> bool:
         """Whether the task is one of Consortium's own, so that no code comes with the study."""
         return self.task in TASKS
+
+    @property
+    def code(self) -> Mapping[str, str]:
+        """SHA-256 (hex) of the study's own files by path; empty where it has none, or where they are not at hand."""
+        return self._code
 
     @property
     def metric(self) -> str:
@@ -126,8 +140,10 @@ class Study(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of every setting, defaults included; comments and order of keys do not matter."""
-        return hashlib.sha256(canonical({"format": FORMAT, **self.model_dump(mode="json")})).hexdigest()
+        """SHA-256 (hex) of every setting, defaults included, and of the study's own code; comments and order of keys
+        in the study file do not matter."""
+        about = {"format": FORMAT, **self.model_dump(mode="json")}
+        return hashlib.sha256(canonical(about | ({"code": self._code} if self._code else {}))).hexdigest()
 
     def with_(self, **sections: Mapping[str, Any]) -> Study:
         """A copy with other values, by section: `study.with_(strategy={"name": "fedprox", "mu": 0.1})`.
@@ -144,11 +160,23 @@ class Study(BaseModel):
         return _study(document, self.name, tomli_w.dumps(document), self._folder)
 
 
-def _study(document: Mapping[str, Any], source: str, text: str, folder: Path) -> Study:
+def _study(
+    document: Mapping[str, Any],
+    source: str,
+    text: str,
+    folder: Path | None,
+    code: Mapping[str, bytes] | None = None,
+) -> Study:
     problems, sections = check(document)
     if problems:
         raise StudyError(source, problems)
     about = sections.pop("study").model_dump()
     study = Study.model_validate({**about, **sections})
     study._text, study._folder = text, folder
+    if code is None and folder is not None:
+        with contextlib.suppress(
+            InputError
+        ):  # whoever loads, checks or bundles it says what is wrong with it
+            code = own_code.files((study.task, study.strategy.name), folder)
+    study._code = {path: hashlib.sha256(content).hexdigest() for path, content in (code or {}).items()}
     return study

@@ -9,7 +9,7 @@ whole. It is verified before the header is parsed; the content is hashed while i
 
     POST /v1/poll             {"format", "have", "paused"}; waits; a frame (200) or nothing yet (204)
     PUT  /v1/answers/NONCE    a frame; 200 taken (also again), 409 another than before, 410 too late
-    GET  /v1/studies/DIGEST   the text of a study file
+    GET  /v1/studies/DIGEST   a study's bundle; without code of its own perhaps just the text of its file
     GET  /v1/trust            the keys that sign instructions, signed by the root
     POST /v1/renew            {"csr"}; a new certificate
     POST /v1/leave            {}; the site leaves the federation

@@ -14,12 +14,14 @@ import logging
 import re
 import threading
 import time
+from base64 import b64decode
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from consortium.protocol import wire
+from consortium.protocol import bundle, wire
+from consortium.protocol.code import is_own
 from consortium.protocol.errors import InputError
 from consortium.protocol.study import Study
 from consortium.server.archive import Archive
@@ -30,8 +32,8 @@ from consortium.server.runs import Runs
 
 Role = Literal["viewer", "researcher", "admin"]
 RANK: Mapping[str, int] = {"viewer": 0, "researcher": 1, "admin": 2}
-MAX_STUDY = 1 << 20
-"""Bytes of a study file."""
+MAX_SUBMITTED = bundle.MAX_BUNDLE * 4 // 3 + 4096
+"""Bytes of a request with a bundle in base64."""
 WATCH_SECONDS = 20.0
 MOST_FAILURES = 30
 """Wrong tokens a minute; whoever sends another is told to wait. A right one is served all the same."""
@@ -117,16 +119,17 @@ class AdminDoor:
         return many
 
     def _submit(self, request: Request) -> dict[str, Any]:
-        document = _document(request, MAX_STUDY)
-        text = wire.field(document, "text", str)
-        study = Study.parse(text, source="the study")
-        if not study.built_in or ":" in study.strategy.name:
+        document = _document(request, MAX_SUBMITTED)
+        found = bundle.read(_decoded(document)) if "bundle" in document else _without_code(document)
+        study = found.study
+        if not study.built_in or is_own(study.strategy.name):
             raise InputError(
                 f"study '{study.name}': brings code of its own; in this version only built-in tasks and strategies "
                 "run at sites"
             )
-        self._archive.submit(study)
-        return {"study": study.name, "digest": study.digest}
+        found.check_needs()
+        self._archive.submit(found)
+        return {"study": study.name, "digest": study.digest, "bundle": found.digest}
 
     def _show(self, name: str) -> dict[str, Any]:
         return self._runs.show(name)
@@ -164,6 +167,26 @@ class AdminDoor:
                 f"token name: got {name[:80]!r}; at most 63 letters, digits, '.', '_', '-' would be right"
             )
         return {"name": name, "role": role, "token": self._roster.new_token(name, str(role))}
+
+
+def _decoded(document: dict[str, Any]) -> bytes:
+    try:
+        return b64decode(wire.field(document, "bundle", str), validate=True)
+    except ValueError as error:
+        raise InputError("field 'bundle': base64 of a bundle was expected") from error
+
+
+def _without_code(document: dict[str, Any]) -> bundle.Bundle:
+    """The bundle of the text of a study that has no code of its own."""
+    text = wire.field(document, "text", str)
+    if len(text) > bundle.MAX_STUDY:
+        raise InputError(f"the study has more than {bundle.MAX_STUDY} characters")
+    study = Study.parse(text, source="the study")
+    if is_own(study.task):
+        raise InputError(
+            f"study '{study.name}': brings code of its own; submit it as a bundle: consortium study submit STUDY"
+        )
+    return bundle.of(study)
 
 
 def _match(pattern: str, path: str) -> str | None:

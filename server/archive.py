@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
+from consortium.protocol.bundle import Bundle, of
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.files import private_folder
 from consortium.protocol.study import Study
 from consortium.server.store import Store
@@ -80,9 +81,29 @@ class Archive:
 
     # Studies
 
-    def submit(self, study: Study) -> None:
-        """Keep a study in place of one of the same name; runs that began with that one keep their text."""
+    def submit(self, given: Bundle | Study) -> None:
+        """Keep a study in place of one of the same name; runs that began with that one keep theirs.
+
+        given: its bundle; a study without code of its own is its bundle.
+
+        Raises:
+            RefusedError: a run of this very study is under way with another bundle, which differs in comments alone.
+        """
+        made = given if isinstance(given, Bundle) else of(given)
+        study, before = made.study, self.bundle_of(made.study.digest)
+        if before is not None and before != made.content:
+            for run in self.runs():
+                if run.digest == study.digest and run.state not in OVER:
+                    raise RefusedError(
+                        f"study '{study.name}': run '{run.name}' of the same settings and code is under way, and sites "
+                        f"approved its bundle; to submit one with other comments end it first: consortium study stop "
+                        f"{run.study}"
+                    )
         with self._store.transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO bundles VALUES (?, ?, ?)",
+                (study.digest, made.digest, made.content),
+            )
             db.execute(
                 "INSERT INTO studies VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
                 "digest = excluded.digest, text = excluded.text, submitted = excluded.submitted "
@@ -98,6 +119,11 @@ class Archive:
             state, why = (run.state, run.why) if run is not None else (PROPOSED, "")
             found.append({**dict(row), "run": run and run.name, "state": state, "why": why})
         return found
+
+    def bundle_of(self, digest: str) -> bytes | None:
+        """The bundle of the study of that digest."""
+        row = self._store.row("SELECT content FROM bundles WHERE study = ?", digest)
+        return bytes(row["content"]) if row is not None else None
 
     def text_of(self, digest: str) -> str | None:
         """The text of the study of that digest, submitted or of a run."""

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from consortium.protocol import bundle
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.files import write_private
 from consortium.protocol.layout import Layout, digest_of
@@ -39,8 +40,8 @@ from consortium.strategies.base import Strategy
 from consortium.strategies.chosen import strategy_of
 
 FORMAT = 1
-PLAN, INITIAL, MODEL = "plan.json", "initial.bin", "model"
-"""Files of a run's folder; the last is the exported model's folder."""
+PLAN, INITIAL, MODEL, CODE = "plan.json", "initial.bin", "model", "code"
+"""Files of a run's folder; the last two are folders: the exported model, and the study's code."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -74,7 +75,7 @@ def _ended(number: int, _: Any) -> None:
 
 def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
     """Status and reason of the run that `first` names."""
-    study = Study.parse(str(first["study"]), source="the run's study")
+    study = _study(first, folder)
     commits = LinkCommits(link, str(first["run"]), Path(first["checkpoints"]))
     state = commits.load()
     plan = _plan(study, first, folder, begun=state is not None)
@@ -89,6 +90,14 @@ def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
     if outcome.status == "failed":
         return outcome.status, outcome.why
     return outcome.status, "; ".join(text for text in (outcome.why, _exported(plan, outcome, folder)) if text)
+
+
+def _study(first: dict[str, Any], folder: Path) -> Study:
+    """The run's study, its code laid out in the run's folder."""
+    if not first.get("bundle"):
+        return Study.parse(str(first["study"]), source="the run's study")
+    shutil.rmtree(folder / CODE, ignore_errors=True)
+    return bundle.read((folder / str(first["bundle"])).read_bytes()).unpack(folder / CODE)
 
 
 def _plan(study: Study, first: dict[str, Any], folder: Path, begun: bool) -> Plan:

@@ -14,14 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from consortium.protocol import bundle
 from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
-from consortium.protocol.files import private_folder
+from consortium.protocol.files import private_folder, write_private
 from consortium.protocol.local import ClosedError
 from consortium.protocol.study import Study
 from consortium.server.archive import FAILED, PAUSED, RUNNING, STOPPED, WAITING, Archive, Run
 from consortium.server.child import COMMAND, Child
 from consortium.server.conversation import Conversation, Exchange, Missing
 
+BUNDLE = "study.fab"
+"""The file of a run's folder with its study."""
 RESTARTS = 3
 """How often in a row a process is started again without having committed anything."""
 LOOK_EVERY = 0.5
@@ -167,7 +170,11 @@ class Running:
                 )
 
     def _study(self) -> Study:
-        study = Study.parse(self._run.text, source=f"the study of run '{self._name}'")
+        content = self._archive.bundle_of(self._run.digest)
+        files = bundle.read(content).files if content is not None else {}
+        study = Study.parse(self._run.text, source=f"the study of run '{self._name}'", code=files)
+        if content is not None:
+            write_private(private_folder(self._folder) / BUNDLE, content)
         if study.digest != self._run.digest:
             raise IntegrityError(
                 f"run '{self._name}': the text of its study does not have the digest {self._run.digest} that sites "
@@ -178,6 +185,7 @@ class Running:
     def _first(self) -> dict[str, Any]:
         return {
             "study": self._run.text,
+            "bundle": BUNDLE if (self._folder / BUNDLE).exists() else "",
             "run": self._name,
             "federation": self._federation,
             "spool": str(self._exchange.spool.absolute()),

@@ -150,7 +150,11 @@ class SiteDoor:
         return content
 
     def _study(self, request: Request, site: str) -> Response:
-        text = self._archive.text_of(request.path.removeprefix(wire.STUDIES))
+        digest = request.path.removeprefix(wire.STUDIES)
+        content = self._archive.bundle_of(digest)
+        if content is not None:
+            return Response(200, content, "application/octet-stream")
+        text = self._archive.text_of(digest)  # of a run that an earlier version began
         if text is None:
             return error_response(404, "there is no study of that digest")
         return Response(200, text.encode(), "application/toml; charset=utf-8")

@@ -77,6 +77,14 @@ CREATE TABLE events (             -- what watch shows, in order
 ) STRICT;
 CREATE INDEX events_of_run ON events (run, id);
 """
+_LATER = """
+CREATE TABLE IF NOT EXISTS bundles (  -- server/archive.py
+    study TEXT PRIMARY KEY,       -- digest of the study: its settings and its code
+    digest TEXT NOT NULL,         -- SHA-256 (hex) of the bundle
+    content BLOB NOT NULL
+) STRICT;
+"""
+"""Tables that a database of this format may lack, because an earlier version made it."""
 
 
 class Store:
@@ -97,6 +105,7 @@ class Store:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._prepare()
+            self._db.executescript(_LATER)
         except sqlite3.DatabaseError as error:
             raise self._error(error) from error
 

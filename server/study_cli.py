@@ -1,4 +1,4 @@
-"""The commands `consortium study ...`: check, submit, start, watch, stop."""
+"""The commands `consortium study ...`: check, build, submit, start, watch, stop."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def check(
 
     Example: consortium study check study.toml
     """
+    from consortium.protocol.code import files
     from consortium.protocol.study import Study
 
     loaded = Study.load(path)
-    _own_code_is_there(loaded)
+    files((loaded.task, loaded.strategy.name), loaded.folder)  # looked for and read, not run
     summary = _summary(loaded)
     if as_json:
         typer.echo(json.dumps(summary))
@@ -52,25 +53,60 @@ def check(
 
 
 @study.command()
-def submit(
+def build(
     path: Annotated[Path, typer.Argument(metavar="STUDY", help="The study file (TOML).")],
+    out: Annotated[Path | None, typer.Option(help="The bundle's file (the study's name with .fab).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a study and its own code one file, a bundle, which sites approve by its SHA-256. Nothing of it is run.
+
+    The same study gives the same bytes on any machine. The same bundle is simulated and submitted.
+
+    Example: consortium study build study.toml --out study.fab
+    """
+    from consortium.protocol import bundle
+
+    made = bundle.build(path)
+    place = out or path.with_name(made.study.name + bundle.SUFFIX)
+    if place.suffix != bundle.SUFFIX:
+        raise InputError(f"--out: got {place}; a file name that ends in {bundle.SUFFIX} would be right")
+    try:
+        place.write_bytes(made.content)
+    except OSError as error:
+        raise InputError(f"{place}: cannot be written ({error.strerror}); give another --out") from error
+    if as_json:
+        about = {"study": made.study.name, "bundle": made.digest, "path": str(place)}
+        typer.echo(json.dumps({**about, "files": list(made.files), "imports": list(made.imports)}))
+        return
+    typer.echo(f"{place}: study {made.study.name}, bundle {made.digest}")
+    typer.echo(f"code         {', '.join(made.files) or 'none of its own'}")
+    if made.imports:
+        typer.echo(f"imports      {', '.join(made.imports)}")
+    typer.echo(f"\nNext: consortium study submit {place}")
+
+
+@study.command()
+def submit(
+    path: Annotated[Path, typer.Argument(metavar="STUDY", help="A bundle, or a study file to build it of.")],
     folder: Folder = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Hand a study to the server. Nothing runs before it is started.
+    """Hand a study to the server, as a bundle. Nothing runs before it is started.
 
-    Example: consortium study submit study.toml --dir fed
+    Example: consortium study submit study.fab --dir fed
     """
-    from consortium.protocol.study import Study
+    from base64 import b64encode
+
+    from consortium.protocol import bundle
     from consortium.server.admin_client import connect
 
-    loaded = Study.load(path)
-    said = connect(folder, url).post("/v1/studies", text=loaded.text)
+    made = bundle.load(path)
+    said = connect(folder, url).post("/v1/studies", bundle=b64encode(made.content).decode())
     if as_json:
         typer.echo(json.dumps(said))
         return
-    typer.echo(f"study {said['study']}: submitted, {said['digest']}")
+    typer.echo(f"study {said['study']}: submitted, bundle {said['bundle']}")
     typer.echo(f"\nNext: consortium study start {said['study']}{_same(folder, url)}")
 
 
@@ -203,19 +239,6 @@ def _page(said: dict[str, Any]) -> str:
     if said["model"]:
         lines += [f"model       {said['model']}", "", f"Next: consortium model show {said['model']}"]
     return "\n".join(lines)
-
-
-def _own_code_is_there(study: Any) -> None:
-    """Code is looked for, not run: checking a study executes nothing of it."""
-    for reference in (study.task, study.strategy.name):
-        module = reference.partition(":")[0]
-        if ":" not in reference or module.startswith("consortium."):
-            continue
-        file = study.folder.joinpath(*module.split(".")).with_suffix(".py")
-        if not file.is_file():
-            raise InputError(
-                f"{reference}: there is no {file}; put the file that defines it beside the study"
-            )
 
 
 def _summary(study: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _FAULT = "A scripted fault, SITE:KIND or SITE:KIND:ROUNDS: site-2:drop:3-5,8."
 
 
 def simulate(
-    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study file (TOML).")],
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study file (TOML), or a bundle of it.")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="PATH...", hidden=True)] = None,
     data: Annotated[list[Path] | None, typer.Option("--data", metavar="PATH...", help=_DATA)] = None,
     sites: Annotated[int | None, typer.Option(help="How many sites one table is split into (4).")] = None,
@@ -59,9 +59,31 @@ def simulate(
     files = _files(data or [], more or [], compare)
     faults = [parse_fault(spec) for spec in fault or []]
 
-    from consortium.protocol.study import Study
+    from consortium.protocol.bundle import opened
 
-    loaded = Study.load(study)
+    with opened(study) as loaded:
+        _simulate(
+            loaded, files, sites=sites, partition=partition, compare=compare, seeds=seeds, rounds=rounds,
+            faults=faults, specs=fault or [], baselines=baselines, processes=processes, out=out, as_json=as_json,
+        )  # fmt: skip
+
+
+def _simulate(
+    loaded: Study,
+    files: list[Path],
+    *,
+    sites: int | None,
+    partition: str | None,
+    compare: str,
+    seeds: int,
+    rounds: int | None,
+    faults: list[Fault],
+    specs: list[str],
+    baselines: bool,
+    processes: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     if rounds is not None:
         loaded = loaded.with_(study={"rounds": rounds})
     _strike(faults, loaded.rounds)
@@ -86,7 +108,7 @@ def simulate(
             raise
     options = [f"--sites={sites}"] * (sites is not None) + [f"--partition={partition}"] * bool(partition)
     options += [f"--compare={','.join(names)}"] * bool(names) + [f"--seeds={seeds}"]
-    options += [f"--fault={spec}" for spec in fault or []] + ["--no-baselines"] * (not baselines)
+    options += [f"--fault={spec}" for spec in specs] + ["--no-baselines"] * (not baselines)
     try:
         page = report.write(done, folder, report.Origin(options, files))
     except Exception:

@@ -11,14 +11,12 @@ import torch
 from torch import nn
 
 from consortium.client.site import start
+from consortium.protocol.code import PRIVATE
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.metrics import values
 from consortium.protocol.sections import TASKS
 from consortium.simulations.baselines import OneRoom
 from consortium.strategies.base import Local
-
-_MODULES = "consortium_study_"
-"""How `protocol.code` begins the names of modules that lie beside a study."""
 
 
 @contextmanager
@@ -43,7 +41,7 @@ def _line(error: BaseException) -> str | None:
     """The innermost line of the study's own code ("task.py, line 13"); None where the error never passed it."""
     found, step = None, error.__traceback__
     while step is not None:
-        if str(step.tb_frame.f_globals.get("__name__", "")).startswith(_MODULES):
+        if str(step.tb_frame.f_globals.get("__name__", "")).startswith(PRIVATE):
             found = f"{Path(step.tb_frame.f_code.co_filename).name}, line {step.tb_lineno}"
         step = step.tb_next
     return found

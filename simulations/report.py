@@ -20,7 +20,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from consortium.protocol.code import files
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.simulations import page, plots, table
 from consortium.simulations.experiment import Experiment
@@ -108,12 +108,9 @@ def _write(experiment: Experiment, folder: Path, origin: Origin | None) -> Path:
 def _study(experiment: Experiment, folder: Path) -> None:
     study = experiment.study
     (folder / "study.toml").write_text(study.text, encoding="utf-8")
-    for reference in (study.task, *experiment.strategies):
-        module = reference.partition(":")[0]
-        if ":" in reference and not module.startswith("consortium."):
-            file = Path(*module.split(".")).with_suffix(".py")
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(study.folder / file, folder / file)
+    for path, content in files((study.task, *experiment.strategies), study.folder).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
 
 
 def _rounds(experiment: Experiment) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from attacker import Line, Said, blind, head, once, resident
 from breast_cancer import study_text
 from realm import Realm, realm
 
-from consortium.server.admin_door import MAX_STUDY
+from consortium.protocol.bundle import MAX_STUDY
 
 
 @pytest.fixture(scope="module")

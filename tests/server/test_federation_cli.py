@@ -257,6 +257,8 @@ def test_a_study_is_refused_where_it_is_wrong_unknown_or_brings_code(type_in: Ty
     to = ["--dir", place.server]
     own = place.folder / "own.toml"
     own.write_text(STUDY.replace("consortium.client.tasks.tabular:Classifier", "task:Net"))
+    refused(type_in("study", "submit", own, *to), 2, "there is no task.py")
+    (place.folder / "task.py").write_text("class Net: pass\n")
     refused(type_in("study", "submit", own, *to), 2, "code of its own")
     own.write_text(STUDY.replace("rounds = 3", "round = 3"))
     refused(type_in("study", "submit", own, *to), 2, "round")
@@ -477,3 +479,22 @@ def test_every_command_shows_an_example_that_parses() -> None:
         for words in map(str.split, examples):
             assert tuple(words[: len(path)]) == path, words
             command.make_context(path[-1], words[len(path) :])
+
+
+def test_a_bundle_is_built_simulated_and_submitted(type_in: Type, place: Place) -> None:
+    """One file: what is built is what runs here and what the server keeps."""
+    to = ["--dir", place.server]
+    study = place.folder / "bundled.toml"
+    study.write_text(STUDY)
+    built = type_in("study", "build", study, "--out", place.folder / "one.fab", "--json").json()
+    assert (built["files"], built["imports"]) == ([], [])
+    assert (
+        type_in("study", "build", study, "--out", place.folder / "two.fab", "--json").json()["bundle"]
+        == built["bundle"]
+    )
+    said = type_in("study", "submit", place.folder / "one.fab", *to, "--json").json()
+    assert said["bundle"] == built["bundle"]
+    (place.folder / "two.fab").write_bytes((place.folder / "one.fab").read_bytes()[:-1])
+    refused(type_in("study", "submit", place.folder / "two.fab", *to), 4, "two.fab", "study build")
+    refused(type_in("study", "build", study, "--out", place.folder / "one.zip"), 2, "one.zip", ".fab")
+    refused(type_in("study", "build", place.folder / "no.toml"), 2, "no.toml")

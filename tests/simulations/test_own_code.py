@@ -140,3 +140,34 @@ def test_a_strategy_that_is_not_there_is_found_before_the_first_run(
     code, _, err = run(capfd, "--compare", "fedavg,mine:other")
     assert code == 2
     assert err == "consortium: mine:other: module 'mine' has no 'other'\n"
+
+
+def test_a_bundle_runs_as_the_study_does_with_the_files_that_its_code_imports(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same model, bit for bit, from the study beside its code and from its bundle in an empty folder."""
+    (folder / "layers.py").write_text("from torch import nn\n\ndef head():\n    return nn.Linear(3, 2)\n")
+    own = TASK.replace("return nn.Linear(3, 2)", "return head()").replace(
+        "import numpy", "from .layers import head\nimport numpy"
+    )
+    (folder / "task.py").write_text(own)
+    outcome = []
+    for study in ("study.toml", "elsewhere/own.fab"):
+        if study.endswith(".fab"):
+            (folder / "elsewhere").mkdir()
+            with pytest.raises(SystemExit) as built:
+                main(["study", "build", "study.toml", "--out", study])
+            assert built.value.code in (0, None)
+            (folder / "task.py").unlink()
+            (folder / "layers.py").unlink()
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(["simulate", study, "--data", "north.npy", "south.npy", "--out", study + ".out", "--json"])
+        assert caught.value.code in (0, None)
+        rounds = (folder / f"{study}.out" / "rounds.jsonl").read_text().splitlines()
+        outcome.append([json.loads(line)["metrics"] for line in rounds])
+    assert len(outcome[0]) == 3
+    assert outcome[0] == outcome[1]
+    assert (
+        folder / "elsewhere/own.fab.out/layers.py"
+    ).is_file()  # the results hold all that another run needs
