@@ -157,6 +157,8 @@ def _check_training(training: Training) -> Iterator[Problem]:
 
 
 def _check_cohort(cohort: Cohort) -> Iterator[Problem]:
+    if cohort.spare and cohort.size is None:
+        yield Problem("cohort.spare", str(cohort.spare), "cohort.size beside it: how many answers are enough")
     if cohort.size is not None and cohort.size < cohort.min_sites:
         yield Problem("cohort.size", str(cohort.size), f"at least cohort.min_sites ({cohort.min_sites})")
 

@@ -163,10 +163,14 @@ class StrategyTable(OwnSection):
 
 
 class Cohort(Section):
-    """[cohort]: who is asked, for how long, and how few answers still move the model."""
+    """[cohort]: who is asked, for how long, and how few answers still move the model.
+
+    spare: sites that a live run asks beyond `size`; the first `size` valid answers count, and the others are left out.
+    """
 
     min_sites: Annotated[int, Field(ge=1)] = 2
     size: Annotated[int, Field(ge=1)] | None = None
+    spare: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     deadline: Annotated[float, BeforeValidator(seconds), Field(gt=0, le=30 * 86400.0)] = 600.0
     max_weight: Annotated[float, Field(gt=0, le=1e15)] = 10_000.0
     approvals: Annotated[int, Field(ge=1)] = 1

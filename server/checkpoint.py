@@ -230,6 +230,8 @@ def _round_document(one: Round) -> dict[str, Any]:
         "model": one.model,
         "seconds": _number(one.seconds),
         "void": one.void,
+        "unseen": one.unseen,
+        "aside": dict(one.aside),
     }
 
 
@@ -243,6 +245,8 @@ def _round(document: Mapping[str, Any]) -> Round:
         model=document["model"],
         seconds=float(document["seconds"]),
         void=document["void"],
+        unseen=document.get("unseen", 0),
+        aside=document.get("aside", {}),
     )
 
 

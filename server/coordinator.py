@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -25,13 +25,17 @@ from consortium.server import tally
 from consortium.server.admission import Gate
 from consortium.server.clients import Clients
 from consortium.server.records import Commits, Evaluation, Outcome, Plan, Round, RunState
+from consortium.server.standing import Cohort, Standings, aside, standings
 from consortium.server.tally import Ballot
 from consortium.strategies.base import BlockSum, Contribution
 
 ATTEMPTS = 3
 """Void attempts at one round before the run waits for sites."""
+LONGEST_REST = 60.0
+"""Seconds between two attempts, at most; the first two are a second apart, and each pause is twice the one before."""
 
 Clock = Callable[[], float]
+Rest = Callable[[float], None]
 Report = Callable[[Round | Evaluation], None]
 
 
@@ -43,18 +47,21 @@ def run(
     clock: Clock,
     rng: random.Random,
     report: Report = lambda _: None,
+    rest: Rest = lambda _: None,
 ) -> Outcome:
     """Run a study to its end, from where it was last committed.
 
     clock: seconds since the epoch.
     rng: draws cohorts; live it is `random.SystemRandom`.
     report: called with each round, void ones too, and each evaluation, once it is committed.
+    rest: waits so many seconds, between two attempts at a round; live, it is `time.sleep`.
     """
     exchange = partial(_exchange, plan, clients, clock)
     state = commits.load() or _begin(plan)
+    known = standings(state.rounds, plan.failures)
     while state.round < plan.study.rounds:
         before, started = state, clock()
-        cohort = _select(plan, clients, state, rng)  #                     select
+        cohort = _select(plan, clients, state, known, rng)  #              select
         if plan.prepares and not state.statistics:
             ballot = exchange(state, "query", cohort)
             state = _prepared(plan, state, ballot, started, clock)
@@ -64,11 +71,14 @@ def run(
         del ballot  # the updates in it take up a disk
         commits.commit(state)  #                                           commit
         _tell(report, before, state)
-        if state.attempt and state.attempt % ATTEMPTS == 0 and not clients.wait(_missing(clients, state)):
+        known = standings(state.rounds[len(before.rounds) :], plan.failures, known)
+        if state.attempt and not _again(clients, state, rest):
             break
     if state.round:
         before = state
-        ballot = exchange(state, "evaluate", clients.sites())
+        sites = clients.sites()
+        resting = aside(known, sites, plan.study.cohort.min_sites)
+        ballot = exchange(state, "evaluate", Cohort([site for site in sites if site not in resting]))
         state = _judged(plan, state, ballot)
         commits.commit(state)
         _tell(report, before, state)
@@ -88,11 +98,26 @@ def _begin(plan: Plan) -> RunState:
     )
 
 
-def _select(plan: Plan, clients: Clients, state: RunState, rng: random.Random) -> Sequence[str]:
+def _select(plan: Plan, clients: Clients, state: RunState, known: Standings, rng: random.Random) -> Cohort:
     sites = clients.sites()
     if plan.prepares and not state.statistics:
-        return sites  # one preprocessing fits all, so all are asked
-    return sorted(plan.strategy.selector(sites, state.round + 1, rng))
+        return Cohort(sites)  # one preprocessing fits all, so all are asked
+    resting = aside(known, sites, plan.study.cohort.min_sites)
+    sites = [site for site in sites if site not in resting] if resting else sites
+    chosen = sorted(plan.strategy.selector(sites, state.round + 1, rng))
+    others = sorted(set(sites) - set(chosen)) if plan.spare else []
+    if not others:
+        return Cohort(chosen, None, resting)
+    more = rng.sample(others, min(plan.spare, len(others)))
+    return Cohort(sorted([*chosen, *more]), len(chosen), resting)
+
+
+def _again(clients: Clients, state: RunState, rest: Rest) -> bool:
+    """After a void attempt: whether there is another, now that time has passed, or sites are at hand."""
+    if state.attempt % ATTEMPTS == 0:
+        return clients.wait(_missing(clients, state))
+    rest(min(LONGEST_REST, 2.0 ** (state.attempt - 1)))
+    return True
 
 
 def _missing(clients: Clients, state: RunState) -> tuple[str, ...]:
@@ -101,7 +126,7 @@ def _missing(clients: Clients, state: RunState) -> tuple[str, ...]:
 
 
 def _exchange(
-    plan: Plan, clients: Clients, clock: Clock, state: RunState, kind: Ask, cohort: Sequence[str]
+    plan: Plan, clients: Clients, clock: Clock, state: RunState, kind: Ask, cohort: Cohort
 ) -> Ballot:
     """Ask the cohort, and count what comes back until the deadline."""
     deadline = clock() + plan.study.cohort.deadline
@@ -119,12 +144,15 @@ def _exchange(
         payload=Payload(_vectors(state, kind), state.statistics),
         counted=state.counted,
     )
-    count = tally.Count(cohort, Gate(instruction, plan.layout, plan.study.cohort.max_weight))
-    if cohort:
-        clients.ask(cohort, instruction)
+    gate = Gate(instruction, plan.layout, plan.study.cohort.max_weight)
+    count = tally.Count(cohort.sites, gate, cohort.enough)
+    if cohort.sites:
+        clients.ask(cohort.sites, instruction)
         for item in clients.answers(deadline):
             count.add(item)
-    return count.done()
+            if count.enough:
+                break
+    return replace(count.done(), aside=cohort.aside)
 
 
 def _vectors(state: RunState, kind: Ask) -> dict[str, Vector]:
@@ -171,7 +199,9 @@ def _trained(
     digest = digest_of([model])
     record = _record(state, ballot, number, "", digest, clock() - started)
     if control is not None:
-        kept, share = tally.variate_shares(plan.strategy.reducer, (*state.rounds, record), clients.sites())
+        at_hand = {*clients.sites(), *ballot.asked}
+        record = replace(record, unseen=len(at_hand - state.counted.keys()))
+        kept, share = tally.variate_shares(plan.strategy.reducer, (*state.rounds, record))
         of = control.dtype.type
         control = of(kept) * control + of(share) * _reduce(plan, ballot, "control")
     return replace(
@@ -222,7 +252,17 @@ def _judged(plan: Plan, state: RunState, ballot: Ballot) -> RunState:
 
 def _record(state: RunState, ballot: Ballot, number: int, void: str, digest: str, seconds: float) -> Round:
     weights = {site: one.answer.weight for site, one in ballot.admitted.items()}
-    return Round(number, state.attempt, ballot.asked, weights, ballot.left_out, digest, seconds, void)
+    return Round(
+        number,
+        state.attempt,
+        ballot.asked,
+        weights,
+        ballot.left_out,
+        digest,
+        seconds,
+        void,
+        aside=ballot.aside,
+    )
 
 
 def _tell(report: Report, before: RunState, state: RunState) -> None:

@@ -19,6 +19,9 @@ class Plan:
     federation, run: durable names.
     initial: the first model's `shared` vector.
     prepares: whether the task asks for statistics before round 1 (medians, scales).
+    spare: sites that are asked beyond the selector's cohort; the first answers count, as many as that cohort has.
+    failures: in a row, after which a site is set aside for a while (`server/standing.py`); 0: never. A simulation does
+        neither: nobody is late there, and its faults are to be studied.
     """
 
     study: Study
@@ -28,6 +31,8 @@ class Plan:
     federation: str = "simulation"
     run: str = "run"
     prepares: bool = False
+    spare: int = 0
+    failures: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Round:
     asked: the cohort in name order.
     admitted: weights by site, of those whose answers counted (the survivor set).
     left_out: reasons by site.
+    unseen: of SCAFFOLD alone, else 0: sites at hand that had never counted before.
+    aside: by site, why it was not asked though it was at hand.
     void: why the model did not move; empty where it did.
     model: digest of the model after it.
     seconds: from select to commit.
@@ -65,6 +72,8 @@ class Round:
     model: str
     seconds: float
     void: str = ""
+    unseen: int = 0
+    aside: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

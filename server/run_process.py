@@ -36,6 +36,7 @@ from consortium.server import results, worker_process
 from consortium.server.coordinator import run
 from consortium.server.link import Link, LinkClients, LinkCommits
 from consortium.server.records import Outcome, Plan
+from consortium.server.standing import FAILURES
 from consortium.strategies.base import Strategy
 from consortium.strategies.chosen import strategy_of
 
@@ -84,7 +85,9 @@ def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
     report = results.reporter(folder / "rounds.jsonl", state)
     del state  # the round loop loads it for itself, and lets go of it
     with threadpool_limits(1, user_api="blas"):  # more threads would change the bits of a sum of products
-        outcome = run(plan, clients, commits, clock=time.time, rng=random.SystemRandom(), report=report)
+        outcome = run(
+            plan, clients, commits, clock=time.time, rng=random.SystemRandom(), report=report, rest=time.sleep
+        )
     (folder / INITIAL).unlink(missing_ok=True)
     results.write(folder, plan, outcome)
     if outcome.status == "failed":
@@ -111,7 +114,8 @@ def _plan(study: Study, first: dict[str, Any], folder: Path, begun: bool) -> Pla
     # Mapped, not read: it is needed before the first commit alone.
     initial = np.empty(0, dtype) if begun else np.memmap(folder / INITIAL, dtype, "r").view(np.ndarray)
     names = str(first["federation"]), str(first["run"])
-    return Plan(study, strategy, layout, initial, *names, bool(kept["prepares"]))
+    prepares, spare = bool(kept["prepares"]), study.cohort.spare
+    return Plan(study, strategy, layout, initial, *names, prepares, spare, FAILURES)
 
 
 def _kept(study: Study, folder: Path, begun: bool) -> dict[str, Any] | None:

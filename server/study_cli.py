@@ -246,7 +246,7 @@ def _summary(study: Any) -> dict[str, Any]:
     local = (
         f"{training.local_steps} steps" if training.local_steps else f"{training.local_epochs or 1} epoch(s)"
     )
-    size = study.cohort.size
+    size, spare = study.cohort.size, f" and {study.cohort.spare} more" if study.cohort.spare else ""
     return {
         "study": study.name,
         "digest": study.digest,
@@ -254,7 +254,7 @@ def _summary(study: Any) -> dict[str, Any]:
         "rounds": study.rounds,
         "local": f"{local} of {training.optimizer}, lr {training.lr}, batches of {training.batch_size}",
         "strategy": study.strategy.table(),
-        "cohort": f"{size or 'all'} sites a round, at least {study.cohort.min_sites} answers",
+        "cohort": f"{size or 'all'} sites a round{spare}, at least {study.cohort.min_sites} answers",
         "evaluation": f"{study.metric or 'no metric'}, the {study.evaluation.select} model is kept",
         "leaves": "updates of shared weights, counts of metrics, and sums over declared ranges for preprocessing",
         "privacy": "none: updates and counts are not noised and may reveal records",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from consortium.protocol.sections import LOWER_IS_BETTER
 from consortium.server.admission import Admitted, Gate
 from consortium.server.clients import Block
 from consortium.server.records import Evaluation, Round
+from consortium.server.standing import NOT_NEEDED
 from consortium.strategies.base import Contribution, Reducer
 
 
@@ -24,24 +25,35 @@ class Ballot:
     asked: the cohort in name order. admitted: valid answers by site, in name order. left_out: reasons by site.
     blocks: sums that came in place of vectors, in block order, one a block or folded; empty where every answer brings
         its own.
+    aside: by site, why it was not asked.
     """
 
     asked: tuple[str, ...]
     admitted: Mapping[str, Admitted]
     left_out: Mapping[str, str]
     blocks: tuple[Block, ...]
+    aside: Mapping[str, str] = field(default_factory=dict)
 
 
 class Count:
-    """Answers as they come in, one exchange's; `done` gives the ballot."""
+    """Answers as they come in, one exchange's; `done` gives the ballot.
 
-    def __init__(self, asked: Sequence[str], gate: Gate) -> None:
+    most: with so many valid answers there are enough.
+    """
+
+    def __init__(self, asked: Sequence[str], gate: Gate, most: int | None = None) -> None:
+        self._most = most
         self._asked = tuple(sorted(asked))
         self._waiting = set(self._asked)
         self._gate = gate
         self._admitted: dict[str, Admitted] = {}
         self._left_out: dict[str, str] = {}
         self._blocks: list[Block] = []
+
+    @property
+    def enough(self) -> bool:
+        """Whether nobody else need be waited for."""
+        return self._most is not None and len(self._admitted) >= self._most
 
     def add(self, item: Answer | Block) -> None:
         """Take one answer or one block of them."""
@@ -76,7 +88,7 @@ class Count:
     def done(self) -> Ballot:
         """The ballot; whoever has not answered by now is left out."""
         for site in self._waiting:
-            self._left_out.setdefault(site, "no answer before the deadline")
+            self._left_out.setdefault(site, NOT_NEEDED if self.enough else "no answer before the deadline")
         admitted = {site: self._admitted[site] for site in sorted(self._admitted)}
         left_out = {site: self._left_out[site] for site in sorted(self._left_out)}
         blocks = sorted(self._blocks, key=lambda b: b.shared.block if b.shared else -1)
@@ -138,16 +150,17 @@ def statistics(ballot: Ballot) -> tuple[Statistics, dict[str, str]]:
     return sum_statistics(list(kept.values())), odd
 
 
-def variate_shares(reducer: Reducer, rounds: Sequence[Round], sites: Sequence[str]) -> tuple[float, float]:
+def variate_shares(reducer: Reducer, rounds: Sequence[Round]) -> tuple[float, float]:
     """Factors (kept, share) of SCAFFOLD's c = kept * c + share * mean of the changes, after the last of `rounds`.
 
     They keep c the mean of all sites' variates c_i under the reducer's own weights, those of sites that were never
     admitted being 0: with uniform weights and the same N sites always, kept = 1 and share = |S|/N, as in
     arXiv 1910.06378, alg. 1 line 17. A site's weight is that of its last admitted answer; the mean one before that.
-    Where `sites` (those at hand) grows by a site that was never there before, kept is off by that site's part, once.
+    Where a site comes that was never there before, kept is off by that site's part, once. All of it follows from the
+    records, so that a run that goes on after a restart, or a replay of what it recorded, has the same bits.
     """
 
-    def total(until: Sequence[Round]) -> float:
+    def total(until: Sequence[Round], unseen: int) -> float:
         known = {
             site: weight
             for record in until
@@ -155,12 +168,16 @@ def variate_shares(reducer: Reducer, rounds: Sequence[Round], sites: Sequence[st
             for site, weight in record.admitted.items()
         }
         weights = [_counts(reducer, known[site]) for site in sorted(known)]
-        unseen = len(set(sites) - known.keys())
         return sum(weights) + unseen * (sum(weights) / len(weights) if weights else 1.0)
 
-    now = total(rounds)
-    admitted = rounds[-1].admitted
-    return total(rounds[:-1]) / now, sum(_counts(reducer, admitted[site]) for site in sorted(admitted)) / now
+    admitted, unseen = rounds[-1].admitted, rounds[-1].unseen
+    new = admitted.keys() - {
+        site for one in rounds[:-1] if one.round and not one.void for site in one.admitted
+    }
+    now = total(rounds, unseen - len(new))
+    return total(rounds[:-1], unseen) / now, sum(
+        _counts(reducer, admitted[site]) for site in sorted(admitted)
+    ) / now
 
 
 def _counts(reducer: Reducer, weight: float) -> float:

@@ -360,24 +360,25 @@ def test_statistics_are_summed_once_before_round_one_and_sent_with_every_instruc
 def test_scaffolds_control_stays_the_mean_of_what_sites_keep() -> None:
     """c += |S|/N * mean for uniform weights; with weights, and sites that drop or come late, c W = sum of w_i c_i."""
 
-    def round_of(number: int, **weights: float) -> Round:
-        return Round(number, 0, tuple(weights), weights, {}, "", 0.0)
+    def round_of(number: int, unseen: int, **weights: float) -> Round:
+        return Round(number, 0, tuple(weights), weights, {}, "", 0.0, unseen=unseen)
 
-    first, second = round_of(1, a=1.0, b=3.0, c=4.0), round_of(2, a=1.0, c=4.0)
+    first, second = round_of(1, 4, a=1.0, b=3.0, c=4.0), round_of(2, 1, a=1.0, c=4.0)
+    all_seen = round_of(2, 0, a=1.0, c=4.0)
     uniform, weighted = fedavg(weighted=False).reducer, fedavg().reducer
-    assert variate_shares(uniform, [first], "abcd") == (1.0, 3 / 4)
-    assert variate_shares(uniform, [first, second], "abcd") == (1.0, 2 / 4)
-    assert variate_shares(weighted, [first, second], "abc") == (1.0, 5 / 8)
+    assert variate_shares(uniform, [first]) == (1.0, 3 / 4)
+    assert variate_shares(uniform, [first, second]) == (1.0, 2 / 4)
+    assert variate_shares(weighted, [first, all_seen]) == (1.0, 5 / 8)
     variates = {"a": 2.0, "b": -1.0, "c": 0.5}
     control = 0.0
-    for rounds in ([first], [first, second], [first, second, round_of(3, d=2.0, b=3.0)]):
+    for rounds in ([first], [first, second], [first, second, round_of(3, 1, d=2.0, b=3.0)]):
         admitted = rounds[-1].admitted
         changes = {site: 0.1 * (i + 1) for i, site in enumerate(admitted)}
         if len(rounds) == 1:
             changes = {site: variates[site] for site in admitted}
             variates = dict.fromkeys(variates, 0.0)
         mean = sum(admitted[s] * changes[s] for s in admitted) / sum(admitted.values())
-        kept, share = variate_shares(weighted, rounds, "abcd")
+        kept, share = variate_shares(weighted, rounds)
         control = kept * control + share * mean
         variates = {s: variates.get(s, 0.0) + changes.get(s, 0.0) for s in {*variates, *admitted}}
         last = {s: w for r in rounds for s, w in r.admitted.items()}
