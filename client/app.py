@@ -22,7 +22,7 @@ from flwr.clientapp import ClientApp
 
 from consortium.client.folder import source_in
 from consortium.client.site import check_model, open_site, start
-from consortium.client.store import Kept, Store
+from consortium.client.store import Store
 from consortium.client.task import task_of
 from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
 from consortium.protocol.messages import Answer, Instruction, decode, encode
@@ -91,7 +91,7 @@ def answer_to(instruction: Instruction, study: Study, site: str, folder: Path) -
     one.memory = kept.memory
     answer = one.answer(instruction)
     if answer.status == "done":
-        store.save(Kept(one.memory, answer))
+        store.save(kept.after(one.memory, answer))
     return answer
 
 

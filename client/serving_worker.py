@@ -4,9 +4,10 @@ It speaks over the socket that it was started with (`protocol/local.py`). First 
 
     {"study": text, "site": name, "source": {"path", "mapping", "key": hex}, "state": folder}
 
-Then, for each instruction, {"run", "header": text} and a file with the content comes in, and {"header": text} and
-perhaps a file goes out, or {"error": text} that holds no path, no column of the site's own and no record. An answer is
-durable in `state` before it goes out, and the same question gets the same answer without anything being computed.
+When it has started, it says {"up": true}. Then, for each instruction, {"run", "header": text} and a file with the
+content comes in, and {"header": text} and perhaps a file goes out, or {"error": text} that holds no path, no column of
+the site's own and no record. An answer is durable in `state` before it goes out, and the same question gets the same
+answer without anything being computed.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def serve(descriptor: int) -> int:
     worker: Worker | None = None
     try:
         about, _ = local.receive(connection)
+        local.send(connection, {"up": True})
         while True:
             question, files = local.receive(connection)
             content: BinaryIO | None = None
@@ -138,7 +140,7 @@ class Worker:
             answer = self._site.answer(instruction)
             if answer.status == "declined":
                 return replace(answer, reason=_told(answer.reason, self._given))
-            kept = Kept(self._site.memory, answer)
+            kept = self._kept.after(self._site.memory, answer)
             store.save(kept)
             self._kept = kept
             return answer

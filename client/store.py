@@ -7,6 +7,7 @@ same answer again without computing it, or it has not. The file is safetensors; 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,31 +16,59 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from consortium.client.site import Memory
-from consortium.protocol.errors import IntegrityError
+from consortium.protocol.errors import IntegrityError, RefusedError
 from consortium.protocol.files import private_folder, write_private
 from consortium.protocol.layout import Vector
 from consortium.protocol.messages import Answer, Instruction, decode, encode
 
 FORMAT = "1"
+MOST_GIVEN = 256
+"""What came before is older than what the site accepts (`client/seen.py`)."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A site's memory in one run, and the last answer that it gave there."""
+    """A site's memory in one run, and the last answer that it gave there.
+
+    given: what it answered so far, the latest last, at most `MOST_GIVEN`: question and the answer's `fingerprint`.
+    """
 
     memory: Memory = field(default_factory=Memory)
     last: Answer | None = None
+    given: tuple[tuple[Question, str], ...] = ()
 
     def answer_to(self, instruction: Instruction) -> Answer | None:
-        """The answer that was given to this very question before, with the nonce of now; None if it is new."""
-        one = self.last
-        if one is None or _question(one) != _question(instruction):
-            return None
-        return replace(one, nonce=instruction.nonce)
+        """The answer that was given to this very question before, with the nonce of now; None if it is new.
+
+        Raises:
+            RefusedError: it was given before the last one, and is not there any more.
+        """
+        one, asked = self.last, question(instruction)
+        if one is not None and one.run == instruction.run and question(one) == asked:
+            return replace(one, nonce=instruction.nonce)
+        if any(asked == before for before, _ in self.given):
+            raise RefusedError(
+                "this was answered before, and something else since; nothing is computed twice"
+            )
+        return None
+
+    def after(self, memory: Memory, answer: Answer) -> Kept:
+        """What is kept once `answer` was made, which left the site with `memory`."""
+        return Kept(memory, answer, (*self.given, (question(answer), fingerprint(answer)))[-MOST_GIVEN:])
 
 
-def _question(message: Answer | Instruction) -> tuple[object, ...]:
-    return (message.run, message.round, message.attempt, message.kind, message.model)
+Question = tuple[int, int, str, str]
+"""Round, attempt, kind, and the digest of the model: what of one run is answered once."""
+
+
+def question(message: Answer | Instruction) -> Question:
+    """What a message of a run asks or answers."""
+    return (message.round, message.attempt, message.kind, message.model)
+
+
+def fingerprint(answer: Answer) -> str:
+    """SHA-256 (hex) of an answer, whatever the nonce that it carries."""
+    return hashlib.sha256(encode(replace(answer, nonce=""))[0]).hexdigest()
 
 
 class Store:
@@ -70,12 +99,13 @@ class Store:
             memory = Memory(parts["committed"], parts["pending"], int(about["pending_round"]))
             content = parts["answer"].get("content", np.empty(0, np.uint8)).tobytes()
             last = decode(about["answer"].encode(), content)
+            given = tuple(((r, a, k, m), sha) for r, a, k, m, sha in json.loads(about.get("given", "[]")))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise IntegrityError(
                 f"{self._path}: is damaged ({type(error).__name__}); move it away to take part without this state"
             ) from error
         assert isinstance(last, Answer)
-        return Kept(memory, last)
+        return Kept(memory, last, given)
 
     def save(self, kept: Kept) -> None:
         """Keep `kept`, which has an answer, in place of what was there; returns when it would survive."""
@@ -87,5 +117,6 @@ class Store:
             content = views[0] if len(views) == 1 else b"".join(views)  # a lone vector is not copied
             arrays["answer.content"] = np.frombuffer(content, np.uint8)
         about = {"format": FORMAT, "pending_round": str(kept.memory.pending_round), "answer": header.decode()}
+        about["given"] = json.dumps([[*asked, sha] for asked, sha in kept.given])
         private_folder(self._path.parent)
         write_private(self._path, save(arrays, about))

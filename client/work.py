@@ -121,7 +121,8 @@ class SiteWork:
                 if death == DEATHS:
                     raise RefusedError(f"{error}, {DEATHS} times; the site's log says more") from error
             except WorkerLate:
-                self._drop(run)
+                if process.up:
+                    self._drop(run)
                 raise
         raise AssertionError
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -32,7 +33,7 @@ class WorkerDied(ConsortiumError):  # noqa: N818 - it is what happened, not a mi
 
 
 class WorkerLate(ConsortiumError):  # noqa: N818 - likewise
-    """The worker did not answer before the instruction expired, and was ended."""
+    """The worker did not answer before the instruction expired. It was ended, unless it has not even started."""
 
 
 class WorkerProcess:
@@ -45,6 +46,7 @@ class WorkerProcess:
         private_folder(folder)
         ours, its = socket.socketpair()
         self._connection, self._ending = ours, threading.Lock()
+        self.up = False  # whether it has started
         program = (sys.executable, "-s", "-P", "-B", "-m", "consortium.client.worker", "serve")
         with its:
             self._process = subprocess.Popen(
@@ -73,13 +75,15 @@ class WorkerProcess:
 
         Raises:
             RefusedError: the worker gave none; the text may be sent to the server.
-            WorkerLate: nothing came in `seconds`; the worker is ended.
+            WorkerLate: nothing came in `seconds`. The worker is ended, unless it has not started: then it goes on, for
+                the next question. Else a machine that takes longer to start one than a study waits would never begin.
             WorkerDied: it ended meanwhile.
         """
         end = time.monotonic() + seconds
         files = [content.fileno()] if content is not None else []
+        self._wait_until_up(seconds)
         try:
-            self._connection.settimeout(max(0.001, seconds))
+            self._connection.settimeout(max(0.001, end - time.monotonic()))
             local.send(self._connection, {"run": run, "header": header.decode()}, files)
             reply, got = local.receive(self._connection)
         except ConsortiumError as error:
@@ -93,6 +97,18 @@ class WorkerProcess:
         if isinstance(reply.get("header"), str):
             return reply["header"].encode(), file
         raise RefusedError(str(reply.get("error", "the worker gave no answer")))
+
+    def _wait_until_up(self, seconds: float) -> None:
+        if self.up:
+            return
+        if not select.select([self._connection], [], [], max(0.0, seconds))[0]:
+            raise WorkerLate(f"the worker was not started within {seconds:.0f} s; it goes on")
+        try:
+            local.receive(self._connection)
+        except ConsortiumError as error:
+            self.kill()
+            raise WorkerDied(f"the worker {self._how()}") from error
+        self.up = True
 
     def _how(self) -> str:
         code = self._process.returncode

@@ -21,7 +21,7 @@ from consortium.client.folder import source_in
 from consortium.client.site import Memory, start
 from consortium.client.store import Kept, Store
 from consortium.client.task import task_of
-from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.layout import digest_of
 from consortium.protocol.messages import Answer, Instruction, Payload
 from consortium.protocol.study import Study
@@ -155,6 +155,15 @@ def test_asked_again_a_site_gives_the_same_answer_from_disk(hospitals: dict[str,
     assert first.metrics.keys() == again.metrics.keys()
     other = answer_to(replace(asked, attempt=1), study, "hospital-1", folder)
     assert other.status == "declined"
+
+
+def test_nothing_is_computed_twice(hospitals: dict[str, Path]) -> None:
+    """What a site answered before its last answer is refused, durably, and not computed anew."""
+    study, folder = study_of(1), hospitals["hospital-1"]
+    for kind in ("train", "evaluate"):
+        assert answer_to(instruction(study, kind=kind), study, "hospital-1", folder).status == "done"
+    with pytest.raises(RefusedError, match="computed twice"):
+        answer_to(instruction(study), study, "hospital-1", folder)
 
 
 def test_a_message_that_is_none_of_ours_gets_an_error(installed: Path) -> None:

@@ -76,12 +76,17 @@ class Live:
 
     def start_server(self) -> None:
         """Start the server, and wait until it answers."""
+        self.launch_server()
+        self.admin = connect(self.folder / "server", None)
+        self.until(self.answers, 60, "the server does not answer")
+
+    def launch_server(self) -> None:
+        """Start the server, and wait for nothing."""
         words: list[str | Path] = [*self.command, "server", "start", "--dir", self.folder / "server"]
         self.pids["server"] = self.programs.start("server", words, environment(), self.folder)
-        self.admin = connect(self.folder / "server", None)
-        self.until(self._answers, 60, "the server does not answer")
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Whether the server does."""
         try:
             return bool(self.admin.get("/v1/status"))
         except ConsortiumError:
