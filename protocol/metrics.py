@@ -33,6 +33,27 @@ def score_histogram(logits: NDArray[np.float64], positive: NDArray[np.bool_]) ->
     return np.asarray(rows, np.float64)
 
 
+def reliability(counts: Statistics, bins: int = 10) -> tuple[tuple[float, float, float], ...]:
+    """How predicted probabilities of class 1 meet what was observed, from `auroc` or `auroc_exact` counts.
+
+    By bin of the probability (equal parts of 0 to 1, in order): examples, positives, sum of predicted probabilities. A
+    histogram's scores count as the middle of their bin, 1/32 off in logit at most. Empty without such counts.
+    """
+    if "auroc_exact" in counts:
+        logits, positive = counts["auroc_exact"].T
+        examples = np.ones_like(positive)
+    elif "auroc" in counts:
+        width = 2 * LOGIT_LIMIT / BINS
+        logits = -LOGIT_LIMIT + width * (np.arange(counts["auroc"].shape[1]) + 0.5)
+        examples, positive = counts["auroc"].sum(axis=0), counts["auroc"][1]
+    else:
+        return ()
+    predicted = 1 / (1 + np.exp(-np.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT)))
+    place = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    n, k, p = (np.bincount(place, w, bins) for w in (examples, positive, examples * predicted))
+    return tuple((float(a), float(b), float(c)) for a, b, c in zip(n, k, p, strict=True))
+
+
 def auroc_of_histogram(counts: NDArray[np.float64]) -> float:
     """Probability that a positive scores above a negative, ties (one bin) counting half; NaN with one class only."""
     negative, positive = counts

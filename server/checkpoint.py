@@ -252,7 +252,13 @@ def _round(document: Mapping[str, Any]) -> Round:
 
 def _evaluation_document(one: Evaluation) -> dict[str, Any]:
     sites = {site: _numbers(values) for site, values in one.sites.items()}
-    return {"round": one.round, "model": one.model, "pooled": _numbers(one.pooled), "sites": sites}
+    return {
+        "round": one.round,
+        "model": one.model,
+        "pooled": _numbers(one.pooled),
+        "sites": sites,
+        "reliability": one.reliability,
+    }
 
 
 def _evaluation(document: Mapping[str, Any]) -> Evaluation:
@@ -261,4 +267,5 @@ def _evaluation(document: Mapping[str, Any]) -> Evaluation:
         model=document["model"],
         pooled=_floats(document["pooled"]),
         sites={site: _floats(values) for site, values in document["sites"].items()},
+        reliability=tuple((float(n), float(k), float(p)) for n, k, p in document.get("reliability", ())),
     )

@@ -7,6 +7,8 @@ told of, and not for longer than the study's deadline. Whoever asks for anything
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +29,8 @@ LATENESS = 60.0
 """Seconds that an instruction may be valid beyond the study's deadline."""
 
 Reply = tuple[dict[str, Any], Spooled | None]
+Seal = Callable[[bytes], dict[str, Any]]
+"""From the manifest of a model to the document of its signature."""
 Missing = Callable[[set[str]], str]
 """Of the sites at hand: why they are not enough, or nothing."""
 
@@ -68,7 +72,9 @@ class Conversation:
         archive: Archive,
         exchange: Exchange,
         stage: Stage,
+        seal: Seal | None = None,
     ) -> None:
+        self._seal_with = seal
         self._run, self._federation, self._study = run, federation, study
         self._child, self._archive, self._exchange, self._stage = child, archive, exchange, stage
         self.commits = 0
@@ -84,6 +90,7 @@ class Conversation:
             "ask": self._ask,
             "answers": self._answers,
             "wait": self._wait,
+            "seal": self._seal,
             "finished": self._finished,
         }
 
@@ -157,6 +164,46 @@ class Conversation:
             raise self._wrong(f"ended it as {status[:40]!r}")
         self._stage.end(status, why)
         return {}, None
+
+    # The model
+
+    def _seal(self, document: dict[str, Any], _: list[int]) -> Reply:
+        """Sign the manifest of the exported model, if it lists a lineage that is this run's."""
+        manifest = wire.field(document, "manifest", str).encode()
+        came = wire.field(document, "lineage", str).encode()
+        try:
+            listed = json.loads(manifest)
+            lineage = json.loads(came)
+            found = {
+                "federation": (listed["signed_by"], lineage["federation"]),
+                "run": lineage["run"],
+                "study": lineage["study"]["digest"],
+                "lineage": listed["files"]["lineage.json"],
+            }
+            model = lineage["model"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self._wrong(f"asked to sign a malformed manifest ({type(error).__name__})") from error
+        expected = {
+            "federation": (self._federation, self._federation),
+            "run": self._run,
+            "study": self._study.digest,
+            "lineage": hashlib.sha256(came).hexdigest(),
+        }
+        for name, right in expected.items():
+            if found[name] != right:
+                raise self._wrong(f"asked to sign a model of another {name} than its own")
+        if model not in self._models():
+            raise self._wrong("asked to sign a model that none of its rounds committed")
+        return {"signature": self._seal_with and self._seal_with(manifest)}, None
+
+    def _models(self) -> set[str]:
+        """Digests of the models that the run committed, as its events say."""
+        models: set[str] = set()
+        last = 0
+        while events := self._archive.events(self._run, last):
+            last = events[-1]["id"]
+            models.update(str(one["model"]) for one in events if one["kind"] == "round" and not one["void"])
+        return models
 
     # Sites
 

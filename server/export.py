@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,11 +24,15 @@ from numpy.typing import NDArray
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.layout import Segment, Vector, digest_of
 from consortium.protocol.messages import Statistics
-from consortium.server.model import CONTRACT, FORMAT, MANIFEST, ONNX, WEIGHTS, open_graph
+from consortium.server import card, lineage, seal
+from consortium.server.model import ONNX, WEIGHTS, open_graph
 from consortium.server.records import Outcome, Plan
 from consortium.server.worker_process import TIMEOUT, exchange, run
 
 OPSET = 20
+LINEAGE = "lineage.json"
+Sign = Callable[[bytes, bytes], Mapping[str, Any] | None]
+"""From a manifest and the lineage that it lists to the signature's document, or None where nobody signs."""
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 """How far onnxruntime may be from torch, as a share of the larger of 1 and the torch model's answer."""
 
@@ -42,11 +46,18 @@ class Exported:
 
 
 def export(
-    plan: Plan, outcome: Outcome, destination: Path, *, local: Vector | None = None, timeout: float = TIMEOUT
+    plan: Plan,
+    outcome: Outcome,
+    destination: Path,
+    *,
+    local: Vector | None = None,
+    sign: Sign | None = None,
+    timeout: float = TIMEOUT,
 ) -> Exported:
     """Write the model that a run selected into the new folder `destination`.
 
     local: the `local` segment, for a model of which parts stay at the sites: then this is one site's own model.
+    sign: gives the content of `signature.json` for a manifest and the lineage; None leaves the model unsigned.
     timeout: seconds for the worker.
 
     Raises:
@@ -75,12 +86,40 @@ def export(
             signature = json.loads(_read(folder, "signature.json"))
             error = parity(files[ONNX], signature["outputs"], folder)
             contract |= {"opset": OPSET, **signature, "parity": {"largest_error": error}}
+            contract["decisions"] = _decisions(signature["outputs"])
     contract["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
-    files[CONTRACT] = _json(contract)
+    files |= _documents(plan, outcome, contract)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
-    files[MANIFEST] = _json({"format": FORMAT, "files": hashes})
+    files |= _sealed(hashes, files[LINEAGE], plan.federation, sign)
     _place(files, destination)
     return Exported(destination, contract)
+
+
+def _documents(plan: Plan, outcome: Outcome, contract: Mapping[str, Any]) -> dict[str, bytes]:
+    """What stands beside the model, as bytes by name."""
+    came, private = lineage.lineage(plan, outcome), lineage.privacy(plan)
+    judged, reference = lineage.evaluation(plan, outcome), lineage.reference(plan, outcome)
+    bill = card.bill(contract, came, judged, contract["files"])
+    documents: dict[str, Mapping[str, Any]] = {
+        seal.CONTRACT: contract,
+        LINEAGE: came,
+        "privacy.json": private,
+        "evaluation.json": judged,
+        "reference.json": reference,
+        "bom.cdx.json": bill,
+    }
+    text = card.card(contract, came, private, judged)
+    return {name: seal.plain_json(one) for name, one in documents.items()} | {"MODEL_CARD.md": text.encode()}
+
+
+def _sealed(hashes: Mapping[str, str], came: bytes, federation: str, sign: Sign | None) -> dict[str, bytes]:
+    """The manifest, and its signature where somebody signs."""
+    if sign is not None:
+        manifest = seal.manifest(hashes, federation)
+        signature = sign(manifest, came)
+        if signature is not None:
+            return {seal.MANIFEST: manifest, seal.SIGNATURE: seal.signature(signature)}
+    return {seal.MANIFEST: seal.manifest(hashes, None)}
 
 
 def _give(folder: Path, model: Vector, local: Vector | None, statistics: Statistics) -> None:
@@ -115,7 +154,7 @@ def _contract(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     made = judged.round if judged is not None and outcome.digest != state.digest else state.round
     pooled = judged.pooled if judged is not None and judged.model == outcome.digest else {}
     return {
-        "format": FORMAT,
+        "format": seal.FORMAT,
         "consortium": version("consortium"),
         "study": {"name": study.name, "task": study.task, "digest": study.digest},
         "model": digest_of([outcome.model]),
@@ -124,6 +163,18 @@ def _contract(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "rounds": made,
         "metrics": {name: value if math.isfinite(value) else None for name, value in pooled.items()},
     }
+
+
+def _decisions(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How an output of class probabilities becomes a class. No threshold is tuned; one half is the default."""
+    found: dict[str, Any] = {}
+    for one in outputs:
+        classes = one.get("classes")
+        if classes is not None and len(classes) == 2:
+            found[one["name"]] = {"class": classes[1], "threshold": 0.5, "tuned": False}
+        elif classes is not None:
+            found[one["name"]] = {"class": "the most probable", "threshold": None, "tuned": False}
+    return found
 
 
 def parity(graph: bytes, outputs: list[Mapping[str, Any]], folder: Path) -> float:
@@ -174,12 +225,6 @@ def _difference(what: str, got: NDArray[Any], expected: NDArray[Any]) -> float:
             f"export: {what}: onnxruntime differs from torch by {error:.2g}, at most {limit:.0e} is right; {again}"
         )
     return error
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (
-        json.dumps(document, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-    ).encode()
 
 
 def _place(files: Mapping[str, bytes], destination: Path) -> None:

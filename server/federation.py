@@ -29,7 +29,7 @@ from consortium.protocol.configuration import Configuration, Host, KeyFile, Name
 from consortium.protocol.errors import InputError, IntegrityError
 from consortium.protocol.files import write_private
 from consortium.protocol.keys import Lock
-from consortium.protocol.signing import raw
+from consortium.protocol.signing import MODEL, raw, sign
 from consortium.server import pki
 from consortium.server.pki import Authority
 from consortium.server.roster import Issue, Roster
@@ -189,6 +189,16 @@ class Federation:
         """The trust statement of now, as it travels."""
         with self._changing:
             return dict(self._trust_document)
+
+    def seal(self, manifest: bytes) -> dict[str, Any]:
+        """The signature of a model's manifest, with all that whoever knows the root needs to check it."""
+        with self._changing:
+            return {
+                "federation": self.config.name,
+                "root": self.root_pem.decode(),
+                "trust": dict(self._trust_document),
+                "signature": sign(self._instruction_key, MODEL, manifest).hex(),
+            }
 
     def site_context(self) -> ssl.SSLContext:
         """TLS 1.3 for the site door: the peer shows a certificate of this federation that is for clients."""

@@ -10,6 +10,7 @@ Models travel as open files, never through the socket:
     ask {headers by site} + file or none          -> {refused: reasons by site}
     answers {seconds}                             -> {site, header} + file or none, {site, reason}, or {}: no more
     wait {sites}                                  -> {more}
+    seal {manifest, lineage}                      -> {signature}: of the exported model's manifest, or null
     finished {status, why}                        -> {}
 
 Where the server cannot do what is asked it says {error, kind}, which is raised here.

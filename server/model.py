@@ -8,18 +8,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.layout import Layout, digest_of
-from consortium.server.columns import Table, as_frame, columns, tensor
+from consortium.server import seal
+from consortium.server.seal import CONTRACT, FORMAT
 
-FORMAT = 1
-ONNX, WEIGHTS, CONTRACT, MANIFEST = "model.onnx", "model.safetensors", "contract.json", "manifest.json"
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from consortium.server.columns import Table
+
+ONNX, WEIGHTS = "model.onnx", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class Model:
             InputError: naming columns that are absent, and rows that are not numbers, or missing where the study
                 refuses that.
         """
+        import pandas as pd
+
+        from consortium.server.columns import as_frame, columns, tensor
+
         inputs = self.contract["inputs"]
         if inputs[0]["kind"] == "tensor":
             arrays, index = {inputs[0]["name"]: tensor(inputs[0], table)}, None
@@ -67,17 +75,19 @@ class Model:
         return dict(zip(names, self.session.run(names, dict(arrays)), strict=True))
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path, *, root: str | None = None) -> Model:
     """The model in an exported folder, once every file in it is what the manifest says.
 
-    The manifest says what was written, not by whom: who can change the folder can change the manifest too.
+    root: the fingerprint of the root certificate of the federation that must have signed the manifest. Without it, who
+        can change the folder can also sign it, as a federation of their own.
 
     Raises:
         InputError: there is no exported model, or one without an ONNX graph.
-        IntegrityError: a file is missing or differs by a byte; the message names it.
+        IntegrityError: a file is missing, too many, or differs by a byte, which the message names; another or nobody
+            signed it; or it was withdrawn.
     """
     folder = Path(path)
-    files = verified(folder)
+    files = verified(folder, root)
     contract = _contract(folder, files)
     if ONNX not in files:
         raise InputError(
@@ -94,30 +104,13 @@ def load_model(path: str | Path) -> Model:
     return Model(folder, contract, session)
 
 
-def verified(folder: Path) -> dict[str, bytes]:
+def verified(folder: Path, root: str | None = None) -> dict[str, bytes]:
     """The content of every file of an exported model, by name, as its manifest has it.
 
     Raises:
         InputError, IntegrityError: see `load_model`.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        hashes = {str(name): str(value) for name, value in manifest["files"].items()}
-        known = manifest["format"] == FORMAT
-    except OSError as error:
-        raise InputError(
-            f"{folder}: is not an exported model (no readable {MANIFEST}); give the folder that holds it"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(
-            f"{folder / MANIFEST}: is damaged ({type(error).__name__}); get the model again"
-        ) from error
-    if not known:
-        raise InputError(
-            f"{folder / MANIFEST}: format {manifest['format']} is not known here; this version reads {FORMAT}"
-        )
-    if CONTRACT not in hashes or any(Path(name).name != name for name in hashes):
-        raise IntegrityError(f"{folder / MANIFEST}: is damaged (names of files); get the model again")
+    hashes = seal.read(folder, root).files
     files = {}
     for name, right in hashes.items():
         try:

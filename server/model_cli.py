@@ -37,28 +37,52 @@ def _model() -> None:
 
 
 Folder = Annotated[Path, typer.Argument(help="The folder of an exported model.")]
+Root = Annotated[
+    str | None,
+    typer.Option("--root", help="Fingerprint of the root of the federation that must have signed it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 
 
 @model.command()
-def verify(path: Folder, as_json: Json = False) -> None:
-    """Check every file against the manifest, and the weights against the digest of the rounds.
+def verify(path: Folder, root: Root = None, as_json: Json = False) -> None:
+    """Check every file, the signature over them, and the weights against the digest of the rounds.
 
-    Example: consortium model verify out/model
+    Example: consortium model verify out/model --root 3f1c...
     """
+    from consortium.server import seal
     from consortium.server.model import ONNX, WEIGHTS, load_model, verified, verify_weights
 
-    files = verified(path)
+    if root is not None:
+        seal.fingerprints((root,))
+    files = verified(path, root)
+    signer = seal.read(path, root).signer
     if ONNX in files:
-        load_model(path)
+        load_model(path, root=root)
     if WEIGHTS in files:
         verify_weights(path, files)
     contract = json.loads(files["contract.json"])
     if as_json:
-        said = {"path": str(path), "verified": True, "files": sorted(files), "model": contract["model"]}
+        said = {
+            "path": str(path),
+            "verified": True,
+            "files": sorted(files),
+            "model": contract["model"],
+            "signer": None if signer is None else {"federation": signer.federation, "root": signer.root},
+            "root_expected": root is not None,
+        }
         typer.echo(json.dumps(said, indent=2))
         return
     typer.echo(f"{path}: {len(files)} files are what was exported; model {contract['model']}")
+    if signer is None:
+        typer.echo("signed by nobody: it comes from a simulation, or over Flower")
+    elif root is None:
+        typer.echo(f"signed by a federation that calls itself '{signer.federation}', root {signer.root}")
+        typer.echo(
+            "Compare that root with its admin's (consortium server status), or give it: --root FINGERPRINT"
+        )
+    else:
+        typer.echo(f"signed by federation '{signer.federation}', root as expected")
 
 
 @model.command()
@@ -67,6 +91,7 @@ def show(path: Folder, as_json: Json = False) -> None:
 
     Example: consortium model show out/model
     """
+    from consortium.server.card import about
     from consortium.server.model import verified
 
     contract = json.loads(verified(path)["contract.json"])
@@ -81,19 +106,7 @@ def show(path: Folder, as_json: Json = False) -> None:
     typer.echo(f"metrics   {', '.join(known) or 'none were computed'}")
     for title, ends in (("takes", contract.get("inputs", ())), ("gives", contract.get("outputs", ()))):
         for place, one in enumerate(ends):
-            typer.echo(f"{'' if place else title:<9} {one['name']}: {_about(one)}")
-
-
-def _about(one: Mapping[str, Any]) -> str:
-    """One input or output in words."""
-    kind = one.get("kind")
-    if kind == "numeric":
-        empty = "missing values become the median" if one["missing"] == "median" else "none missing"
-        return f"a number, clipped to {one['min']:g} to {one['max']:g}; {empty}"
-    if kind == "categorical":
-        return "one of " + ", ".join(map(str, one["values"]))
-    numbers = f"{one['dtype']} (n, {', '.join(map(str, one['shape']))})"
-    return f"{numbers}, by class {', '.join(map(str, one['classes']))}" if one.get("classes") else numbers
+            typer.echo(f"{'' if place else title:<9} {one['name']}: {about(one)}")
 
 
 @model.command()

@@ -42,12 +42,14 @@ class Evaluation:
     model: its digest.
     pooled: metrics of the union of the holdouts, computed from summed counts.
     sites: the same by site.
+    reliability: `metrics.reliability` of the union, empty for what has no two classes.
     """
 
     round: int
     model: str
     pooled: Mapping[str, float]
     sites: Mapping[str, Mapping[str, float]]
+    reliability: tuple[tuple[float, float, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
     results.write(folder, plan, outcome)
     if outcome.status == "failed":
         return outcome.status, outcome.why
-    return outcome.status, "; ".join(text for text in (outcome.why, _exported(plan, outcome, folder)) if text)
+    exported = _exported(link, plan, outcome, folder)
+    return outcome.status, "; ".join(text for text in (outcome.why, exported) if text)
 
 
 def _study(first: dict[str, Any], folder: Path) -> Study:
@@ -149,13 +150,16 @@ def keep(study: Study, first: worker_process.Initial, folder: Path) -> dict[str,
     return kept
 
 
-def _exported(plan: Plan, outcome: Outcome, folder: Path) -> str:
+def _exported(link: Link, plan: Plan, outcome: Outcome, folder: Path) -> str:
     """Write the model that serves into the run's folder; returns why that was not possible, or nothing."""
     from consortium.server.export import export  # loads what only exporting needs
 
+    def sign(manifest: bytes, lineage: bytes) -> dict[str, Any] | None:
+        return link.call("seal", manifest=manifest.decode(), lineage=lineage.decode())["signature"]  # type: ignore[no-any-return]
+
     try:
         shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a process that died after it exported
-        export(plan, outcome, folder / MODEL)
+        export(plan, outcome, folder / MODEL, sign=sign)
     except ConsortiumError as error:
         return f"the model is not exported: {error}"
     return ""

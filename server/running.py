@@ -21,7 +21,7 @@ from consortium.protocol.local import ClosedError
 from consortium.protocol.study import Study
 from consortium.server.archive import FAILED, PAUSED, RUNNING, STOPPED, WAITING, Archive, Run
 from consortium.server.child import COMMAND, Child
-from consortium.server.conversation import Conversation, Exchange, Missing
+from consortium.server.conversation import Conversation, Exchange, Missing, Seal
 
 BUNDLE = "study.fab"
 """The file of a run's folder with its study."""
@@ -42,7 +42,7 @@ class _Halted(Exception):  # noqa: N818 - it is no error
 class Running:
     """One run, in a thread of its own from `start` to its end.
 
-    folder: the run's. over: called at the end, whatever it is.
+    folder: the run's. over: called at the end, whatever it is. seal: signs the manifest of its model.
     """
 
     def __init__(
@@ -54,7 +54,9 @@ class Running:
         federation: str,
         over: Callable[[], None],
         command: tuple[str, ...] = COMMAND,
+        seal: Seal | None = None,
     ) -> None:
+        self._seal = seal
         self._run, self._name = run, run.name
         self._archive, self._exchange = archive, exchange
         self._folder, self._federation, self._over = folder, federation, over
@@ -150,7 +152,14 @@ class Running:
                     if self._halted:
                         raise _Halted
                 talk = Conversation(
-                    self._name, self._federation, study, child, self._archive, self._exchange, self
+                    self._name,
+                    self._federation,
+                    study,
+                    child,
+                    self._archive,
+                    self._exchange,
+                    self,
+                    self._seal,
                 )
                 if talk.hold():
                     child.ended.wait(_LEAVING)

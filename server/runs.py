@@ -19,7 +19,7 @@ from consortium.protocol.files import private_folder
 from consortium.protocol.study import Study
 from consortium.server.archive import FAILED, OVER, PROPOSED, Archive, Run
 from consortium.server.child import COMMAND
-from consortium.server.conversation import Exchange
+from consortium.server.conversation import Exchange, Seal
 from consortium.server.run_process import MODEL
 from consortium.server.running import Running
 
@@ -55,7 +55,7 @@ class _Standing:
 class Runs:
     """For any number of threads.
 
-    folder: the server's; each run works in `runs/NAME` there. federation: its name.
+    folder: the server's; each run works in `runs/NAME` there. federation: its name. seal: signs a model's manifest.
     """
 
     def __init__(
@@ -65,7 +65,9 @@ class Runs:
         folder: Path,
         federation: str,
         command: tuple[str, ...] = COMMAND,
+        seal: Seal | None = None,
     ) -> None:
+        self._seal = seal
         self._archive, self._exchange, self._federation = archive, exchange, federation
         self._folder = private_folder(folder / "runs")
         self._command = command
@@ -123,6 +125,7 @@ class Runs:
                 self._federation,
                 lambda: self._ended(run.name),
                 self._command,
+                self._seal,
             )
             self._running[run.name] = running
             running.start()

@@ -56,7 +56,7 @@ class Server:
         spool = folder / "spool"
         spool.mkdir(mode=0o700, exist_ok=True)
         self.exchange = Exchange(self._sign, spool, self.roster.is_member)
-        self.runs = Runs(self.archive, self.exchange, folder, federation.config.name)
+        self.runs = Runs(self.archive, self.exchange, folder, federation.config.name, seal=federation.seal)
         config = federation.config
         site_door = SiteDoor(federation, self.roster, self.archive, self.exchange)
         self.site_door = Listener(

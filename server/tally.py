@@ -133,9 +133,9 @@ def evaluation(ballot: Ballot, round: int, model: str) -> Evaluation | None:
     tables = agreeing(tables)
     if not tables:
         return None
-    pooled = metrics.values(metrics.pool(list(tables.values())))
+    pooled = metrics.pool(list(tables.values()))
     sites = {site: metrics.values(table) for site, table in tables.items()}
-    return Evaluation(round, model, pooled, sites)
+    return Evaluation(round, model, metrics.values(pooled), sites, metrics.reliability(pooled))
 
 
 def statistics(ballot: Ballot) -> tuple[Statistics, dict[str, str]]:

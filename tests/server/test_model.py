@@ -62,10 +62,12 @@ def seal(folder: Path) -> None:
     """Write a manifest that fits the files as they are, as whoever changes all of them would."""
     import hashlib
 
+    from consortium.server.seal import plain_json
+
     manifest = json.loads((folder / "manifest.json").read_text())
     names = manifest["files"]
     manifest["files"] = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(plain_json(manifest))
 
 
 def test_graph_of_another_model_is_refused_in_a_fitting_manifest(copy: Path) -> None:

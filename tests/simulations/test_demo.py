@@ -16,7 +16,9 @@ from leftovers import holders, living
 
 from consortium.client.site import rows
 from consortium.client.task import task_of
+from consortium.protocol.credentials import chain_in, fingerprint
 from consortium.protocol.errors import ConsortiumError, InputError
+from consortium.server import load_model
 from consortium.simulations.demo import new_folder, run_demo
 from consortium.simulations.demo_cli import _page
 from consortium.simulations.hospitals import HABITS, patients, study_of, write_hospitals
@@ -140,6 +142,12 @@ def test_the_whole_demonstration(tmp_path: Path) -> None:
         one.name for one in done.hospitals
     ]
     assert all(word in page for word in ("local-only", "federated", "pooled", str(done.model), done.digest))
+    root = fingerprint(chain_in(done.folder / "server" / "root.pem")[0])
+    came = json.loads((load_model(done.model, root=root).path / "lineage.json").read_text())
+    assert came["sites"] == ["hospital-1", "hospital-2", "hospital-3"]
+    assert [one["model"] for one in came["rounds"] if not one["void"]][-1] == done.digest
+    judged = json.loads((done.model / "evaluation.json").read_text())
+    assert judged["calibration"]["expected_error"] < 0.5
 
 
 @pytest.mark.slow

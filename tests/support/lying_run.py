@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 import signal
@@ -50,6 +52,19 @@ def _commit(link: Link, first: dict[str, str], lie: str) -> None:
     link.call("commit", files, round=number, attempt=0, sha256="0" * 64, events=events)
 
 
+def _seal(link: Link, study: Study, first: dict[str, str], lie: str) -> None:
+    lineage = {
+        "federation": "other" if lie == "seal federation" else first["federation"],
+        "run": "other.1" if lie == "seal run" else first["run"],
+        "study": {"digest": "0" * 64 if lie == "seal study" else study.digest},
+        "model": "m",
+    }
+    text = json.dumps(lineage)
+    listed = "0" * 64 if lie == "seal lineage" else hashlib.sha256(text.encode()).hexdigest()
+    manifest = {"signed_by": first["federation"], "files": {"lineage.json": listed}}
+    link.call("seal", manifest="[]" if lie == "seal nothing" else json.dumps(manifest), lineage=text)
+
+
 def main(lie: str, descriptor: int) -> None:
     connection = socket.socket(fileno=descriptor)
     link = Link(connection)
@@ -69,6 +84,8 @@ def main(lie: str, descriptor: int) -> None:
         link.call("answers", seconds=1e9)
     elif lie in ("round 5", "no file", "state event"):
         _commit(link, first, lie)
+    elif lie.startswith("seal "):
+        _seal(link, Study.parse(first["study"]), first, lie)
     else:
         _ask(link, Study.parse(first["study"]), first, lie)
     time.sleep(60)
