@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from consortium.protocol.errors import InputError
+from consortium.server.serving import registry_cli
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,13 +31,21 @@ model = typer.Typer(
 
 @model.callback()
 def _model() -> None:
-    """Verify, show and use an exported model.
+    """Verify, show and use an exported model; keep models by version.
 
     Example: consortium model predict out/model --in patients.csv --out predictions.csv
     """
 
 
-Folder = Annotated[Path, typer.Argument(help="The folder of an exported model.")]
+registry_cli.add_to(model)
+
+Folder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH",
+        help="The folder of an exported model, or REGISTRY/NAME[@VERSION], the champion by default.",
+    ),
+]
 Root = Annotated[
     str | None,
     typer.Option("--root", help="Fingerprint of the root of the federation that must have signed it."),
@@ -53,6 +62,7 @@ def verify(path: Folder, root: Root = None, as_json: Json = False) -> None:
     from consortium.server import seal
     from consortium.server.model import ONNX, WEIGHTS, load_model, verified, verify_weights
 
+    path = _located(path)
     if root is not None:
         seal.fingerprints((root,))
     files = verified(path, root)
@@ -94,7 +104,7 @@ def show(path: Folder, as_json: Json = False) -> None:
     from consortium.server.card import about
     from consortium.server.model import verified
 
-    contract = json.loads(verified(path)["contract.json"])
+    contract = json.loads(verified(_located(path))["contract.json"])
     if as_json:
         typer.echo(json.dumps(contract, indent=2, sort_keys=True))
         return
@@ -125,7 +135,7 @@ def predict(
     from consortium.server.model import load_model
 
     started = time.monotonic()
-    loaded = load_model(path)
+    loaded = load_model(_located(path))
     rows = _write(loaded, source, out)
     seconds = time.monotonic() - started
     if as_json:
@@ -138,6 +148,13 @@ def predict(
         typer.echo(json.dumps(said, indent=2))
         return
     typer.echo(f"{out}: {rows} predictions of model {loaded.contract['model'][:12]}, {seconds:.1f} s")
+
+
+def _located(path: Path) -> Path:
+    """The bundle's folder that is named."""
+    from consortium.server.serving.registry import locate
+
+    return locate(str(path), time.time)
 
 
 def _write(loaded: Model, source: Path, out: Path) -> int:

@@ -1,0 +1,351 @@
+"""A registry of models: a folder with versions, of which one may be the champion and one the candidate.
+
+    registry.json                        versions, aliases and every act, whole or not at all
+    breast-cancer/1/ breast-cancer/2/    bundles, never changed; a withdrawn one holds withdrawn.json beside its files
+
+A version is registered (and becomes the candidate), promoted (the candidate becomes the champion), rolled back (the
+champion before it is champion again), or withdrawn, for good: a withdrawn bundle is refused wherever it is opened, in
+a copy too. Every act is kept with who did it, when and why.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from consortium.protocol.errors import InputError, IntegrityError, RefusedError, nearest
+from consortium.protocol.files import private_folder, sync_folder, write_private
+from consortium.server import seal
+
+FORMAT = 1
+STATE = "registry.json"
+CHAMPION, CANDIDATE = "champion", "candidate"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered bundle. bundle: the SHA-256 of its manifest; model: its model's digest. why: it was withdrawn."""
+
+    number: int
+    bundle: str
+    model: str
+    registered: float
+    withdrawn: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The versions of one model, oldest first. before: champions of before, the latest last."""
+
+    versions: tuple[Version, ...] = ()
+    champion: int | None = None
+    candidate: int | None = None
+    before: tuple[int, ...] = ()
+
+    def version(self, number: int) -> Version | None:
+        """The version of that number."""
+        return next((one for one in self.versions if one.number == number), None)
+
+
+@dataclass(frozen=True)
+class Act:
+    """Something that was done. version: the number that is meant, or that became the champion."""
+
+    at: float
+    act: str
+    model: str
+    version: int
+    by: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """All of a registry but the bundles."""
+
+    models: Mapping[str, Shelf] = field(default_factory=dict)
+    history: tuple[Act, ...] = ()
+
+
+# What an act makes of a state. Pure.
+
+
+def registered(shelf: Shelf, bundle: str, model: str, at: float) -> Shelf:
+    """One more version, which is the candidate now."""
+    for one in shelf.versions:
+        if one.bundle == bundle:
+            gone = f", withdrawn: {one.why}" if one.withdrawn else ""
+            raise RefusedError(f"version {one.number} is this very bundle already{gone}; export another run")
+    number = len(shelf.versions) + 1
+    return replace(shelf, versions=(*shelf.versions, Version(number, bundle, model, at)), candidate=number)
+
+
+def promoted(shelf: Shelf, number: int | None) -> Shelf:
+    """A version, the candidate where none is named, is the champion."""
+    number = shelf.candidate if number is None else number
+    if number is None:
+        raise InputError("there is no candidate; name a version: NAME@2")
+    version = shelf.version(number)
+    if version is None:
+        raise InputError(f"there is no version {number}; there are {len(shelf.versions)}")
+    if version.withdrawn:
+        raise RefusedError(f"version {number} was withdrawn ({version.why}); promote another one")
+    if number == shelf.champion:
+        return replace(shelf, candidate=None if shelf.candidate == number else shelf.candidate)
+    before = shelf.before if shelf.champion is None else (*shelf.before, shelf.champion)
+    candidate = None if shelf.candidate == number else shelf.candidate
+    return replace(shelf, champion=number, candidate=candidate, before=before)
+
+
+def rolled_back(shelf: Shelf) -> Shelf:
+    """The champion of before is champion again; the one of now stays as candidate."""
+    sound = [n for n in shelf.before if (found := shelf.version(n)) and not found.withdrawn]
+    if not sound:
+        raise RefusedError("there is no champion of before to go back to; promote a version: NAME@1")
+    return replace(shelf, champion=sound[-1], candidate=shelf.champion, before=tuple(sound[:-1]))
+
+
+def withdrawn(shelf: Shelf, number: int, why: str) -> Shelf:
+    """A version is out of use for good, under whatever alias."""
+    if shelf.version(number) is None:
+        raise InputError(f"there is no version {number}; there are {len(shelf.versions)}")
+    versions = tuple(
+        replace(one, withdrawn=True, why=why) if one.number == number and not one.withdrawn else one
+        for one in shelf.versions
+    )
+    champion = None if shelf.champion == number else shelf.champion
+    candidate = None if shelf.candidate == number else shelf.candidate
+    before = tuple(one for one in shelf.before if one != number)
+    return Shelf(versions, champion, candidate, before)
+
+
+# The folder
+
+
+class Registry:
+    """The registry in a folder; one act at a time, by any number of processes. clock: seconds since the epoch."""
+
+    def __init__(self, folder: Path, clock: Callable[[], float], by: str | None = None) -> None:
+        self.folder, self._clock = folder, clock
+        self._by = by
+
+    def state(self) -> State:
+        """As of now.
+
+        Raises:
+            InputError: there is no registry.
+            IntegrityError: its file is damaged.
+        """
+        path = self.folder / STATE
+        try:
+            return _parsed(path.read_bytes())
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.folder}: is no registry of models (no {STATE}); it begins with the first: "
+                f"consortium model register BUNDLE --registry {self.folder}"
+            ) from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise IntegrityError(f"{path}: is damaged; restore it from a backup") from error
+
+    def register(self, bundle: Path, name: str, check: Callable[[Path], str]) -> Version:
+        """Copy a bundle in as the next version of `name`, the candidate.
+
+        check: verifies the copy and gives its model's digest; the copy that it saw is the one that is kept.
+
+        Raises:
+            InputError, IntegrityError, RefusedError: the name or the bundle is not one to keep.
+        """
+        if not _NAME.fullmatch(name):
+            raise InputError(
+                f"--name: got {name[:80]!r}; small letters, digits, '.', '_' and '-' would be right, up to 64"
+            )
+        with self._changing(new=True) as state:
+            partial = Path(tempfile.mkdtemp(prefix=".new.", dir=self.folder))
+            try:
+                copy = partial / "bundle"
+                _copy(bundle, copy)
+                model = check(copy)
+                digest = seal.read(copy).digest
+                shelf = registered(state.models.get(name, Shelf()), digest, model, self._clock())
+                number = shelf.versions[-1].number
+                place = private_folder(self.folder / name) / str(number)
+                shutil.rmtree(place, ignore_errors=True)  # of an interrupted call: no state names it
+                copy.rename(place)
+                sync_folder(place.parent)
+                self._keep(state, name, shelf, "register", number)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        return shelf.versions[-1]
+
+    def promote(self, name: str, number: int | None, why: str = "") -> Shelf:
+        """See `promoted`. The version's bundle is looked at first.
+
+        Raises:
+            InputError, RefusedError, IntegrityError: there is none such, it was withdrawn, or it is damaged.
+        """
+        with self._changing() as state:
+            shelf = promoted(_shelf(state, name), number)
+            assert shelf.champion is not None
+            self.bundle(name, shelf, shelf.champion)
+            return self._keep(state, name, shelf, "promote", shelf.champion, why)
+
+    def rollback(self, name: str, why: str = "") -> Shelf:
+        """See `rolled_back`. Raises RefusedError where there was no champion before."""
+        with self._changing() as state:
+            shelf = rolled_back(_shelf(state, name))
+            assert shelf.champion is not None
+            self.bundle(name, shelf, shelf.champion)
+            return self._keep(state, name, shelf, "rollback", shelf.champion, why)
+
+    def withdraw(self, name: str, number: int, why: str) -> Shelf:
+        """See `withdrawn`. The bundle itself says so first, so that no crash leaves it in use.
+
+        Raises:
+            InputError: there is no such version, or no reason is given.
+        """
+        if not why.strip():
+            raise InputError("--why: a withdrawal says why; whoever still asks for the model is told")
+        with self._changing() as state:
+            shelf = withdrawn(_shelf(state, name), number, why)
+            marker = json.dumps({"format": FORMAT, "why": why, "at": self._clock()}).encode()
+            write_private(self.folder / name / str(number) / seal.WITHDRAWN, marker)
+            return self._keep(state, name, shelf, "withdraw", number, why)
+
+    def bundle(self, name: str, shelf: Shelf, number: int) -> Path:
+        """The folder of a version, if it is the bundle that was registered.
+
+        Raises:
+            IntegrityError: it is another, damaged, or withdrawn.
+        """
+        place = self.folder / name / str(number)
+        version = shelf.version(number)
+        found = seal.read(place).digest
+        if version is None or found != version.bundle:
+            raise IntegrityError(
+                f"{place / seal.MANIFEST}: is not the bundle that was registered; restore it from a backup"
+            )
+        return place
+
+    def resolve(self, name: str, which: str) -> Path:
+        """The folder of NAME@WHICH: a version's number, or an alias.
+
+        Raises:
+            InputError, IntegrityError: there is none such; or see `bundle`.
+        """
+        shelf = _shelf(self.state(), name)
+        alias = {CHAMPION: shelf.champion, CANDIDATE: shelf.candidate}
+        number = alias.get(which, int(which) if which.isascii() and which.isdigit() else None)
+        if number is None or shelf.version(number) is None:
+            known = [alias_ for alias_, number in alias.items() if number is not None]
+            raise InputError(
+                f"{self.folder}: there is no {name}@{which}; there are {', '.join(known) or 'no aliases'} and versions "
+                f"1 to {len(shelf.versions)}; see: consortium model list {self.folder}"
+            )
+        return self.bundle(name, shelf, number)
+
+    @contextmanager
+    def _changing(self, new: bool = False) -> Iterator[State]:
+        """The state, while nobody else changes it."""
+        if new:
+            private_folder(self.folder)
+        elif not (self.folder / STATE).exists():
+            self.state()
+        descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield State() if new and not (self.folder / STATE).exists() else self.state()
+        finally:
+            os.close(descriptor)
+
+    def _keep(self, state: State, name: str, shelf: Shelf, act: str, number: int, why: str = "") -> Shelf:
+        done = Act(self._clock(), act, name, number, self._by or getpass.getuser(), why)
+        document = _document(State({**state.models, name: shelf}, (*state.history, done)))
+        write_private(self.folder / STATE, document)
+        return shelf
+
+
+def locate(text: str, clock: Callable[[], float]) -> Path:
+    """The bundle's folder that a person names: a folder, or REGISTRY/NAME[@VERSION|@champion|@candidate].
+
+    Raises:
+        InputError, IntegrityError: see `Registry.resolve`.
+    """
+    path = Path(text)
+    if (path / seal.MANIFEST).exists() or (path / STATE).exists():
+        return path
+    name, _, which = path.name.partition("@")
+    if (path.parent / STATE).exists():
+        return Registry(path.parent, clock).resolve(name, which or CHAMPION)
+    return path
+
+
+def split(text: str) -> tuple[str, int | None]:
+    """Name and version of NAME or NAME@3.
+
+    Raises:
+        InputError: it is neither.
+    """
+    name, at, which = text.partition("@")
+    if not _NAME.fullmatch(name) or (at and not (which.isascii() and which.isdigit())):
+        raise InputError(
+            f"got {text[:80]!r}; NAME or NAME@VERSION would be right, for example breast-cancer@2"
+        )
+    return name, int(which) if at else None
+
+
+def _shelf(state: State, name: str) -> Shelf:
+    if name not in state.models:
+        raise InputError(
+            f"there is no model '{name}'{nearest(name, state.models)}; see: consortium model list"
+        )
+    return state.models[name]
+
+
+def _copy(bundle: Path, copy: Path) -> None:
+    copy.mkdir(mode=0o700)
+    for path in sorted(bundle.iterdir()) if bundle.is_dir() else ():
+        if path.is_file() and not path.is_symlink():
+            shutil.copyfile(path, copy / path.name)
+            (copy / path.name).chmod(0o600)
+    for path in copy.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _document(state: State) -> bytes:
+    models = {name: asdict(shelf) for name, shelf in state.models.items()}
+    document = {"format": FORMAT, "models": models, "history": [asdict(one) for one in state.history]}
+    return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _parsed(content: bytes) -> State:
+    document = json.loads(content)
+    if document["format"] != FORMAT:
+        raise ValueError("format")
+    models = {name: _parsed_shelf(one) for name, one in document["models"].items()}
+    return State(models, tuple(Act(**one) for one in document["history"]))
+
+
+def _parsed_shelf(document: Mapping[str, Any]) -> Shelf:
+    versions: Sequence[Mapping[str, Any]] = document["versions"]
+    return Shelf(
+        tuple(Version(**one) for one in versions),
+        document["champion"],
+        document["candidate"],
+        tuple(document["before"]),
+    )
