@@ -27,6 +27,7 @@ from consortium.client.outbox import Letter, Outbox, Outcome
 from consortium.client.poller import Connector, Poller, Renew
 from consortium.client.seen import Place, Seen
 from consortium.client.work import Answered, Given, Interrupted, Work
+from consortium.protocol import endings
 from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
 from consortium.protocol.files import sync_folder, write_private
 from consortium.protocol.keys import Lock
@@ -39,6 +40,7 @@ RECENT = 24 * 3600.0
 TIDYING = 60.0
 """Seconds between two looks at what is not needed any more."""
 PAUSED = "the site is paused by its operator"
+ENDED = "the run has ended"
 _ECHOED = ("run", "round", "attempt", "kind", "site", "nonce", "model")
 
 _log = logging.getLogger("consortium.agent")
@@ -72,7 +74,8 @@ class Agent:
         self._seen = Seen(home.seen_file, clock)
         self._hand = Hand(clock)
         self._pause_file = paused_file(home)
-        self._todo: queue.SimpleQueue[Taken | str | None] = queue.SimpleQueue()
+        self._failed: set[str] = set()  # runs that the server said have failed, and may go on
+        self._todo: queue.SimpleQueue[Taken | Callable[[], None] | None] = queue.SimpleQueue()
         self._ended = threading.Event()
         connect = Connector(home, lock)
         self._outbox = Outbox(connect, self._sent, clock)
@@ -83,7 +86,9 @@ class Agent:
             self._hand,
             connect,
             paused=lambda: self.paused,
-            put=self._todo.put,
+            kept=self._kept,
+            put=self._take,
+            ended=self._ended_runs,
             renew=renew,
             renewed=self._outbox.reconnect,
             clock=clock,
@@ -101,7 +106,7 @@ class Agent:
 
     def start(self) -> None:
         """Begin to poll, work and send."""
-        self._work.begin({run for run in self._seen.runs() if self.recent(run)})
+        self._work.begin({run for run in self._seen.runs() if self.recent(run)}, self._seen.over())
         self._poller.start()
         self._worker.start()
         self._outbox.start()
@@ -162,6 +167,31 @@ class Agent:
             "sandbox": "none in this version",
         }
 
+    # What the poller calls
+
+    def _kept(self) -> dict[str, str]:
+        """The runs of which something may be kept here, and what the server said of each."""
+        runs = self._seen.runs()[: endings.MOST_RUNS]
+        return {run: endings.FAILED if run in self._failed else "" for run in runs}
+
+    def _take(self, taken: Taken) -> None:
+        self._failed.discard(taken.about.run)
+        self._todo.put(taken)
+
+    def _ended_runs(self, told: dict[str, str]) -> None:
+        """Runs have ended: nothing is done for them any more, and what is kept of them goes. That a run has ended for
+        good is durable first, so that nothing of it is ever computed again."""
+        for run, word in told.items():
+            for_good = word == endings.OVER
+            if for_good:
+                self._seen.end(run)
+            self._failed.add(run)
+            self._work.end(run)
+            self._todo.put(partial(self._work.finished, run, for_good))
+            _log.info(
+                "run %s: has %s", run, "ended; what was kept of it is removed" if for_good else "failed"
+            )
+
     # Working
 
     def _work_loop(self) -> None:
@@ -173,10 +203,10 @@ class Agent:
                 continue
             if item is None or self._ended.is_set():
                 return
-            if isinstance(item, str):
-                self._safely(partial(self._work.finished, item))
-                continue
-            self._do(item)
+            if isinstance(item, Taken):
+                self._do(item)
+            else:
+                self._safely(item)
 
     def _safely(self, action: Callable[[], None]) -> None:
         try:
@@ -187,12 +217,9 @@ class Agent:
     def _do(self, taken: Taken) -> None:
         """Do one instruction, and put the answer to it into the outbox; whatever goes wrong, the agent goes on."""
         about = taken.about
-        last = self._seen.last(about.run)
-        if last is not None and Place.of(about) < last:
-            self._drop(taken, "not taken", "the run has gone on")
-            return
-        if self._clock() > about.expires and not taken.reason:
-            self._drop(taken, "not taken", "it expired before its turn")
+        vain = self._vain(taken)
+        if vain:
+            self._drop(taken, "not taken", vain)
             return
         try:
             answered = self._answered(taken)
@@ -204,12 +231,31 @@ class Agent:
             if self._clock() > about.expires:
                 self._drop(taken, "failed", str(error))
                 return
-            if isinstance(error, Interrupted):
+            if self._over(about.run):
+                answered = self._declined(taken, ENDED)
+            elif isinstance(error, Interrupted):
                 answered = self._declined(taken, PAUSED)
             else:
                 _log.error("run %s, round %d: %s", about.run, about.round, error, exc_info=_unexpected(error))
                 answered = self._declined(taken, "the site could not do the work; its log says more")
-        self._send(taken, answered)
+        if self._over(about.run):
+            self._drop(taken, "not taken", ENDED)
+        else:
+            self._send(taken, answered)
+
+    def _vain(self, taken: Taken) -> str:
+        """Why nobody waits for an answer to an instruction any more, or ""."""
+        about, last = taken.about, self._seen.last(taken.about.run)
+        if self._over(about.run):
+            return ENDED
+        if last is not None and Place.of(about) < last:
+            return "the run has gone on"
+        expired = self._clock() > about.expires and not taken.reason
+        return "it expired before its turn" if expired else ""
+
+    def _over(self, run: str) -> bool:
+        """Whether the server has said that the run has ended, and it has not gone on since."""
+        return run in self._failed or run in self._seen.over()
 
     def _answered(self, taken: Taken) -> Answered:
         if self.paused:
@@ -246,8 +292,6 @@ class Agent:
             return
         if self._hand.state(about.run) != "declined":
             self._hand.show(taken, "answered")
-        if about.kind == "evaluate" and taken.study is not None and about.round >= taken.study.rounds:
-            self._todo.put(about.run)
 
     def _drop(self, taken: Taken, state: str, why: str) -> None:
         """Give an instruction up without an answer."""

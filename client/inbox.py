@@ -16,13 +16,13 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from consortium.client.home import Home
 from consortium.client.seen import Place, Seen
-from consortium.protocol import wire
+from consortium.protocol import endings, wire
 from consortium.protocol.bundle import MAX_BUNDLE, MAX_STUDY, Bundle, of, read
 from consortium.protocol.connection import Connection, Reply, StatusError
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
@@ -38,6 +38,8 @@ SPARE_DISK = 64 << 20
 """Bytes of the disk that are left free."""
 STUDIES = 16
 """Studies that are kept in memory."""
+
+T = TypeVar("T")
 
 _log = logging.getLogger("consortium.agent")
 
@@ -125,10 +127,30 @@ class Inbox:
         bundle, reason = self._bundle(about.study)
         return Taken(header, about, content, bundle.study if bundle is not None else None, reason, bundle)
 
-    def _verify(self, header: bytes, signature: bytes) -> None:
-        """Raises IntegrityError where no trusted key signed; a key may be newer than the statement that is held."""
+    def endings(self, reply: Reply, nonce: str, asked: Collection[str]) -> dict[str, str]:
+        """What a reply says of runs that the poll with this nonce asked about: `endings.OVER` or `FAILED`.
+
+        Raises:
+            Dropped: it is no statement of the server's for this site and poll.
+            ConsortiumError: the connection broke, and the like.
+        """
+        config = self._home.config
         try:
-            _signed(self._trust, header, signature)
+            document = reply.document()
+            content = self._trusted(lambda trust: endings.signed(document, trust.keys))
+            return endings.said(content, config.federation, config.site, nonce, asked)
+        except IntegrityError as error:
+            reply.close()
+            raise Dropped(str(error)) from error
+
+    def _verify(self, header: bytes, signature: bytes) -> None:
+        """Raises IntegrityError where no trusted key signed."""
+        self._trusted(lambda trust: _signed(trust, header, signature))
+
+    def _trusted(self, check: Callable[[Trust], T]) -> T:
+        """What `check` gives for the statement of keys; a key may be newer than the one that is held."""
+        try:
+            return check(self._trust)
         except IntegrityError:
             before, aside = self._trust.serial, self._aside()
             try:
@@ -137,7 +159,7 @@ class Inbox:
                 aside.close()
             if self._trust.serial == before:
                 raise
-            _signed(self._trust, header, signature)
+            return check(self._trust)
 
     def _check_for_us(self, about: Instruction) -> None:
         config = self._home.config
@@ -145,6 +167,8 @@ class Inbox:
             raise Dropped("the instruction is for another federation", about.nonce)
         if about.site != config.site:
             raise Dropped("the instruction is for another site", about.nonce)
+        if about.run in self._seen.over():
+            raise Dropped(f"the instruction is of run {about.run}, which has ended", about.nonce)
         last = self._seen.last(about.run)
         if last is not None and Place.of(about) < last:
             raise Dropped(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import ssl
 import threading
 import time
@@ -50,8 +51,8 @@ class Connector:
 class Poller:
     """Polls from `start` to `stop`.
 
-    paused: what the server is told. put: gets each instruction. renew: replaces the certificate, over a connection;
-    renewed: is called afterwards.
+    paused, kept: what the server is told. put: gets each instruction. ended: gets what is said of runs that ended.
+    renew: replaces the certificate, over a connection; renewed: is called afterwards.
     """
 
     def __init__(
@@ -63,13 +64,16 @@ class Poller:
         connect: Connector,
         *,
         paused: Callable[[], bool],
+        kept: Callable[[], dict[str, str]],
         put: Callable[[Taken], None],
+        ended: Callable[[dict[str, str]], None],
         renew: Renew | None,
         renewed: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         self._home, self._lock, self._hand, self._connect, self._clock = home, lock, hand, connect, clock
-        self._paused, self._put, self._renew, self._renewed = paused, put, renew, renewed
+        self._paused, self._kept, self._put, self._ends = paused, kept, put, ended
+        self._renew, self._renewed = renew, renewed
         self.inbox = Inbox(home, seen, connect, hand.has, clock)
         self.link = Link(f"{home.config.host}:{home.config.port}", clock)
         self._connection: Connection | None = None
@@ -120,11 +124,15 @@ class Poller:
             self._connection = self._connect()
             self.inbox.refresh_trust(self._connection)
             self.link.connected()
+        kept, nonce = self._kept(), secrets.token_hex(32)
         question = {"format": wire.FORMAT, "have": self._hand.nonces(), "paused": self._paused()}
+        question |= {"runs": kept, "nonce": nonce}
         reply = self._connection.request("POST", wire.POLL, question)
         self.link.connected()
         notice = reply.header(wire.NOTICE).split()
-        if reply.status == 200:
+        if reply.status == 200 and wire.RUNS in notice:
+            self._ends(self.inbox.endings(reply, nonce, kept))
+        elif reply.status == 200:
             taken = self.inbox.take(reply)
             self._hand.take(taken)
             self._put(taken)

@@ -1,4 +1,5 @@
-"""The last thing that each run asked of this site, on disk: what came before it is never done again."""
+"""The last thing that each run asked of this site, on disk: what came before it is never done again, nor anything of a
+run that has ended."""
 
 from __future__ import annotations
 
@@ -45,10 +46,11 @@ class Seen:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time) -> None:
         self._path, self._clock, self._lock = path, clock, threading.Lock()
-        self._places, self._times = _read(path)
+        self._places, self._times, self._over = _read(path)
         oldest = clock() - KEPT_DAYS * 86400
         for run in [run for run, at in self._times.items() if at < oldest]:
             del self._places[run], self._times[run]
+            self._over.discard(run)
 
     def last(self, run: str) -> Place | None:
         """The last place that was accepted of a run."""
@@ -58,40 +60,61 @@ class Seen:
         """When the run last moved on, seconds since the epoch; 0 where it is unknown."""
         return self._times.get(run, 0.0)
 
-    def runs(self) -> set[str]:
-        """Every run that is remembered."""
-        return set(self._places)
+    def runs(self) -> list[str]:
+        """Every run that is remembered and has not ended, the one that moved on last first."""
+        return sorted(self._places.keys() - self._over, key=self.heard, reverse=True)
+
+    def over(self) -> set[str]:
+        """Every run that is remembered and has ended for good."""
+        return set(self._over)
+
+    def end(self, run: str) -> None:
+        """A run has ended for good; it is durable when this returns.
+
+        Raises:
+            OSError: it cannot be written; then the run has not ended here.
+        """
+        with self._lock:
+            if run in self._places and run not in self._over:
+                self._write(self._places, self._times, self._over | {run})
 
     def accept(self, run: str, place: Place) -> bool:
-        """Whether `place` is not before the last one of its run. It is durable when this returns True.
+        """Whether `place` is not before the last one of its run, which goes on. It is durable when this returns True.
 
         Raises:
             OSError: it cannot be written; then it is not accepted.
         """
         with self._lock:
             last = self._places.get(run)
+            if run in self._over:
+                return False
             if last is not None and place <= last:
                 return place == last
-            places, times = {**self._places, run: place}, {**self._times, run: self._clock()}
-            runs = {
-                name: {"committed": at.committed, "attempt": at.attempt, "at": times[name]}
-                for name, at in places.items()
-            }
-            write_private(self._path, json.dumps({"format": FORMAT, "runs": runs}, indent=1).encode())
-            self._places, self._times = places, times
+            self._write({**self._places, run: place}, {**self._times, run: self._clock()}, self._over)
             return True
 
+    def _write(self, places: dict[str, Place], times: dict[str, float], over: set[str]) -> None:
+        runs = {
+            name: {"committed": at.committed, "attempt": at.attempt, "at": times[name], "over": name in over}
+            for name, at in places.items()
+        }
+        write_private(self._path, json.dumps({"format": FORMAT, "runs": runs}, indent=1).encode())
+        self._places, self._times, self._over = places, times, over
 
-def _read(path: Path) -> tuple[dict[str, Place], dict[str, float]]:
+
+def _read(path: Path) -> tuple[dict[str, Place], dict[str, float], set[str]]:
     if not path.exists():
-        return {}, {}
+        return {}, {}, set()
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
             raise ValueError
         runs = document["runs"]
         places = {name: Place(int(one["committed"]), int(one["attempt"])) for name, one in runs.items()}
-        return places, {name: float(one["at"]) for name, one in runs.items()}
+        over = {
+            name for name, one in runs.items() if one.get("over", False) is True
+        }  # not there before it was known
+        return places, {name: float(one["at"]) for name, one in runs.items()}, over
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(
             f"{path}: is damaged; without it old instructions cannot be told from new ones. Restore it, or move it "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
@@ -16,7 +16,7 @@ from typing import BinaryIO, Protocol
 from consortium.client import policy
 from consortium.client.datasets import Dataset, Datasets
 from consortium.client.home import Home
-from consortium.client.snapshot import Snapshots, place_of
+from consortium.client.snapshot import Snapshots, erase, place_of
 from consortium.client.worker_process import WorkerDied, WorkerLate, WorkerProcess
 from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
 from consortium.protocol.messages import Instruction
@@ -54,26 +54,30 @@ class Answered:
 
 
 class Interrupted(ConsortiumError):  # noqa: N818 - it is what happened, not a mistake
-    """The work was ended by `Work.interrupt` or `Work.stop`."""
+    """The work was ended by `Work.interrupt`, `Work.end` or `Work.stop`."""
 
 
 class Work(Protocol):
     """Turns instructions into answers, one at a time; the same question again must get the same answer."""
 
-    def begin(self, runs: set[str]) -> None:
-        """The agent starts, and these runs may go on; what any other left can be removed."""
+    def begin(self, runs: set[str], over: set[str]) -> None:
+        """The agent starts. runs: may go on; what any other left but its answers can be removed. over: have ended for
+        good; everything of them can."""
 
     def answer(self, given: Given) -> Answered:
         """Do what is asked.
 
         Raises:
             RefusedError: the site does not; the text is sent to the server.
-            Interrupted: by `interrupt` or `stop`.
+            Interrupted: by `interrupt`, `end` or `stop`.
             ConsortiumError: it cannot; the text is for the site's log alone.
         """
 
-    def finished(self, run: str) -> None:
-        """The run asks nothing more of this site."""
+    def end(self, run: str) -> None:
+        """Nobody waits for what is under way for a run: end it, from any thread; `answer` raises then."""
+
+    def finished(self, run: str, for_good: bool) -> None:
+        """The run asks nothing more of this site; for_good: nor may it go on later, so its answers can go, too."""
 
     def tidy(self, recent: Callable[[str], bool]) -> None:
         """End and remove what is not needed now; `recent` says whether a run asked something lately."""
@@ -101,11 +105,14 @@ class SiteWork:
         self._lock = threading.Lock()
         self._warm: OrderedDict[str, _Warm] = OrderedDict()
         self._runs: set[str] = set()
-        self._halts, self._stopped = 0, False
+        self._halts, self._ends, self._doing = 0, Counter[str](), ""
+        self._stopped = False
 
     def answer(self, given: Given) -> Answered:
         """As `Work.answer`. A worker that dies is replaced, and the instruction is done again."""
-        halts, run = self._halts, given.about.run
+        run = given.about.run
+        with self._lock:
+            self._doing, halts = run, self._halted(run)
         data = self._allowed(given.study)
         for death in range(1, DEATHS + 1):
             process = self._worker(given, data, halts)
@@ -115,7 +122,7 @@ class SiteWork:
                 return Answered(header, content)
             except WorkerDied as error:
                 self._drop(run)
-                if self._halts != halts:
+                if self._halted(run) != halts:
                     raise Interrupted("the work was interrupted") from error
                 _log.warning("run %s, round %d: %s", run, given.about.round, error)
                 if death == DEATHS:
@@ -125,6 +132,10 @@ class SiteWork:
                     self._drop(run)
                 raise
         raise AssertionError
+
+    def _halted(self, run: str) -> tuple[int, int]:
+        """How often what was under way for a run has been ended."""
+        return self._halts, self._ends[run]
 
     def _allowed(self, study: Study) -> Dataset:
         """The data that the policy gives to a study."""
@@ -146,7 +157,7 @@ class SiteWork:
             _log.error("%s", error)
             raise RefusedError("the site's policy names data that the site has not registered") from error
 
-    def _worker(self, given: Given, data: Dataset, halts: int) -> WorkerProcess:
+    def _worker(self, given: Given, data: Dataset, halts: tuple[int, int]) -> WorkerProcess:
         """The run's worker, which is started where there is none, over a snapshot that is laid where there is none."""
         run = given.about.run
         with self._lock:
@@ -160,7 +171,7 @@ class SiteWork:
         try:
             source = self._snapshots.lay(run, data)
         except InputError as error:
-            if self._halts == halts:
+            if self._halted(run) == halts:
                 _log.error("run %s: %s", run, error)
                 raise RefusedError("the site's data could not be read; its log says more") from error
             raise Interrupted("the work was interrupted") from error
@@ -172,7 +183,7 @@ class SiteWork:
         }
         folder = place_of(self._home.spool, run) / "work"
         with self._lock:
-            if self._stopped or self._halts != halts:
+            if self._stopped or self._halted(run) != halts:
                 raise Interrupted("the work was interrupted")
             process = WorkerProcess(about, folder, lambda line: _log.warning("worker: %s", line))
             self._warm[run] = _Warm(process, data.name, time.monotonic())
@@ -188,11 +199,28 @@ class SiteWork:
         if warm is not None:
             warm.process.close()
 
-    def finished(self, run: str) -> None:
-        """End the run's worker, remove its copy of the data."""
+    def end(self, run: str) -> None:
+        """As `Work.end`; the run's worker ends with it."""
+        with self._lock:
+            self._ends[run] += 1
+            copying, warm = self._doing == run, self._warm.get(run)
+        if copying:
+            self._snapshots.interrupt()
+        if warm is not None:
+            warm.process.kill()
+
+    def finished(self, run: str, for_good: bool) -> None:
+        """End the run's worker, remove its copy of the data and, for good, its state."""
         self._drop(run)
         self._snapshots.remove(run)
         self._runs.discard(run)
+        if for_good:
+            self._forget(run)
+
+    def _forget(self, run: str) -> None:
+        """Remove what `client/store.py` keeps of a run."""
+        for path in self._home.state.glob(f"{place_of(self._home.state, run).name}*"):
+            erase(path)
 
     def tidy(self, recent: Callable[[str], bool]) -> None:
         """End idle workers, remove copies of runs that ask nothing any more."""
@@ -201,12 +229,14 @@ class SiteWork:
         for run in idle:
             self._drop(run)
         for run in [run for run in self._runs if not recent(run)]:
-            self.finished(run)
+            self.finished(run, for_good=False)
 
-    def begin(self, runs: set[str]) -> None:
-        """Remove the copies that earlier starts left of any run but these."""
+    def begin(self, runs: set[str], over: set[str]) -> None:
+        """Remove the copies that earlier starts left of any run but these, and the states of those that are over."""
         self._runs |= runs
         self._snapshots.keep_only(runs)
+        for run in over:
+            self._forget(run)
 
     def interrupt(self) -> None:
         """End every worker; a run's next instruction starts another."""

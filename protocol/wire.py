@@ -7,7 +7,8 @@ A frame is what an instruction or an answer looks like on its way:
 The signature is over the header, and the header holds the content's SHA-256 (`protocol/messages.py`), so it covers the
 whole. It is verified before the header is parsed; the content is hashed while it is written to a file.
 
-    POST /v1/poll             {"format", "have", "paused"}; waits; a frame (200) or nothing yet (204)
+    POST /v1/poll             {"format", "have", "paused", "runs", "nonce"}; waits; a frame (200), with the notice
+                              "runs" a statement of endings (200; `protocol/endings.py`), or nothing yet (204)
     PUT  /v1/answers/NONCE    a frame; 200 taken (also again), 409 another than before, 410 too late
     GET  /v1/studies/DIGEST   a study's bundle; without code of its own perhaps just the text of its file
     GET  /v1/trust            the keys that sign instructions, signed by the root
@@ -40,7 +41,9 @@ CHUNK = 1 << 20
 MAX_DOCUMENT = 64 * 1024
 """Bytes of a JSON body, other than frames."""
 NOTICE = "consortium-notice"
-"""A header of the server's answers to polls: words "renew" and "trust=SERIAL", separated by spaces."""
+"""A header of the server's answers to polls: words "renew", "trust=SERIAL" and `RUNS`, separated by spaces."""
+RUNS = "runs"
+"""The word of the notice where the body is a statement of endings."""
 
 _MAGIC = b"CSM1"
 PREAMBLE = len(_MAGIC) + 4 + SIGNATURE_BYTES

@@ -268,6 +268,12 @@ class Exchange:
             if asked is not None:
                 asked.came.put(None)
 
+    def rouse(self) -> None:
+        """Have every open poll look again: a run has ended."""
+        with self._lock:
+            for site in self._sites:
+                self._wake(site)
+
     def wait_more(self, known: set[str], seconds: float) -> bool:
         """Wait until a site is at hand that is not among `known`; False where time is over first."""
         with self._moved:

@@ -254,4 +254,5 @@ class Running:
             if not self._ended:
                 self._archive.move(self._name, state, why)
                 self._ended = True
+        self._exchange.rouse()
         _log.info("run %s: %s%s", self._name, state, f": {why}" if why else "")

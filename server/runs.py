@@ -20,6 +20,7 @@ from consortium.protocol.study import Study
 from consortium.server.archive import FAILED, OVER, PROPOSED, Archive, Run
 from consortium.server.child import COMMAND
 from consortium.server.conversation import Exchange, Seal
+from consortium.server.endings import resumable
 from consortium.server.run_process import MODEL
 from consortium.server.running import Running
 
@@ -158,8 +159,7 @@ class Runs:
         if before is not None:
             before.join()  # it is about to be over
         with self._lock:
-            latest = self._archive.latest(run.study)
-            if latest != run or self._archive.committed(run.name) is None:
+            if not resumable(self._archive, run.name):
                 raise RefusedError(
                     f"run '{run.name}' failed before anything was committed, or another has begun since; "
                     f"begin a new one: consortium study start {run.study}"

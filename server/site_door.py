@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from consortium.protocol import wire
+from consortium.protocol import endings, wire
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.messages import Header, parse
 from consortium.protocol.signing import ANSWER, public_key, verify
 from consortium.protocol.wire import CHUNK
 from consortium.server.archive import Archive
+from consortium.server.endings import news as endings_of
 from consortium.server.exchange import Exchange, Offer, Received, Spooled
 from consortium.server.federation import Federation
 from consortium.server.listener import PeerGone, Request, Response, error_response, json_response
@@ -70,6 +71,7 @@ class SiteDoor:
         document = _document(request)
         paused = wire.field(document, "paused", bool)
         have = _nonces(document)
+        kept, nonce = _kept(document)
         end = time.monotonic() + wire.POLL_SECONDS
         notice = {wire.NOTICE: self._notice(site)}
         try:
@@ -78,12 +80,22 @@ class SiteDoor:
                     offer = None if paused else self._exchange.offer(site, have)
                     if offer is not None:
                         return _frame(offer, notice)
+                    ended = endings_of(self._archive, kept)
+                    if ended:
+                        return self._endings(site, nonce, ended)
                     if not request.wait(news, max(0.0, end - time.monotonic())):
                         return Response(204, headers=notice)
                     os.eventfd_read(news)
         except PeerGone:
             self._exchange.gone(site)
             raise
+
+    def _endings(self, site: str, nonce: str, ended: dict[str, str]) -> Response:
+        """Runs that ask nothing more of the site, signed for its question of now."""
+        federation = self._federation
+        said = endings.state(federation.instruction_key, federation.config.name, site, nonce, ended)
+        body = json.dumps(said).encode()
+        return Response(200, body, headers={wire.NOTICE: f"{self._notice(site)} {wire.RUNS}"})
 
     def _notice(self, site: str) -> str:
         words = [f"trust={self._federation.trust_serial}"]
@@ -190,6 +202,17 @@ def _nonces(document: dict[str, Any]) -> frozenset[str]:
     if len(have) > MOST_NONCES or any(type(one) is not str or len(one) > 64 for one in have):
         raise InputError(f"field 'have': at most {MOST_NONCES} nonces were expected")
     return frozenset(have)
+
+
+def _kept(document: dict[str, Any]) -> tuple[dict[str, str], str]:
+    """The runs that a site keeps something of, what it was told of each, and its nonce; a poll may leave both out."""
+    if "runs" not in document:
+        return {}, ""
+    kept, nonce = wire.field(document, "runs", dict), wire.field(document, "nonce", str)
+    sound = len(kept) <= endings.MOST_RUNS and all(len(run) <= endings.LONGEST_NAME for run in kept)
+    if not sound or any(word not in ("", endings.FAILED) for word in kept.values()) or len(nonce) != 64:
+        raise InputError(f"field 'runs': at most {endings.MOST_RUNS} runs, and a nonce, were expected")
+    return kept, nonce
 
 
 def _frame(offer: Offer, notice: dict[str, str]) -> Response:

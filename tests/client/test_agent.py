@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from site_world import SITE, ConnectProxy, Trivial, World, wait_for
+from site_world import SITE, ConnectProxy, Trivial, World, no_endings, wait_for
 
 from consortium.client.agent import Agent
 from consortium.client.home import Home
@@ -34,6 +34,7 @@ def world(shared: World) -> World:
     shared.home.seen_file.unlink(missing_ok=True)
     for one in (shared.offers, shared.answers, shared.headers, shared.refuse, shared.polls):
         one.clear()
+    shared.endings = no_endings
     shared.notice, shared.puts, shared.trusts = "", 0, 0
     return shared
 
@@ -366,15 +367,6 @@ def test_everything_goes_through_an_http_proxy(world: World, start: Start) -> No
     finally:
         configuration.write(world.home.config_file, config)
         proxy.close()
-
-
-def test_a_run_is_finished_after_its_last_evaluation(world: World, start: Start) -> None:
-    """Then the work is told, which removes the copy of the data."""
-    work = Trivial()
-    start(work)
-    world.answer_to(world.instruction("evaluate", 2))
-    world.answer_to(world.instruction("evaluate", world.study.rounds))
-    wait_for(lambda: work.finishes == ["r"], 5, "not told")
 
 
 def test_an_agent_stops_at_once_while_it_works(world: World, start: Start) -> None:

@@ -35,7 +35,8 @@ def test_a_study_is_paused_and_goes_on_over_a_restart_of_the_server(federation: 
     """Paused, at most the round under way is committed; it stays so when the server starts anew; resumed it ends with
     the bytes of `simulate`."""
     name, server = "paused", federation.folder / "server"
-    federation.start(study(name, 2))
+    one = study(name, 2, epochs=LONG)
+    federation.start(one)
     federation.at_work(ONE, name, 2)
     assert "paused" in type_in(server, "study", "pause", name)
     federation.end("server")
@@ -48,7 +49,7 @@ def test_a_study_is_paused_and_goes_on_over_a_restart_of_the_server(federation: 
     assert federation.show(name) == before
     assert "running" in type_in(server, "study", "resume", name)
     assert federation.over(name)["state"] == "finished"
-    assert federation.model(name) == simulated(study(name, 2), list(federation.places.values()))
+    assert federation.model(name) == simulated(one, list(federation.places.values()))
     federation.quiet()
 
 
@@ -82,10 +83,30 @@ def test_a_study_is_stopped_in_mid_training_and_begun_anew(federation: Live) -> 
     federation.at_work(ONE, name, 2)
     assert "stopped" in type_in(server, "study", "stop", name)
     assert children(federation.pids["server"]) == []
+    federation.quiet(5)  # the sites were told: worker, copy of the data and state are gone
     shown = federation.show(name)
     assert shown["state"] == "stopped"
     assert shown["round"] in (1, 2)  # the command takes a moment to start
     federation.start(one)
     shown = federation.over(name)
     assert (shown["state"], shown["run"]) == ("finished", f"{name}.2")
+    assert federation.model(name) == simulated(one, list(federation.places.values()))
+
+
+def test_a_site_that_was_away_hears_of_the_end_when_it_is_back(federation: Live) -> None:
+    """Its run is stopped while its client is killed: what the client left goes as soon as it runs again, at both sites,
+    and the study's next run is none the worse for it."""
+    name = "away"
+    one = study(name, 2, rounds=3, epochs=LONG)
+    federation.start(one)
+    federation.at_work(ONE, name, 2)
+    federation.end(ONE)
+    assert list(federation.home(ONE).spool.iterdir())
+    type_in(federation.folder / "server", "study", "stop", name)
+    assert list(federation.home(ONE).state.iterdir())
+    federation.start_client(ONE)
+    federation.gather()
+    federation.quiet(5)
+    federation.start(one)
+    assert federation.over(name)["state"] == "finished"
     assert federation.model(name) == simulated(one, list(federation.places.values()))

@@ -204,16 +204,20 @@ class Live:
         loaded: np.ndarray[Any, Any] = np.load(folder / "model.npy", allow_pickle=False)
         return loaded.tobytes()
 
-    def quiet(self) -> None:
-        """Wait until nothing of any run is left: no process of it, no file that it spooled, no copy of data."""
-        spools = [self.folder / "server" / "spool", *(self.home(site).spool for site in self.places)]
+    def quiet(self, seconds: float = 20) -> None:
+        """Wait until nothing of any run is left: no process, no file that it spooled, no copy of data, no state."""
+        homes = [self.home(site) for site in self.places]
+        spools = [
+            self.folder / "server" / "spool",
+            *(place for home in homes for place in (home.spool, home.state)),
+        ]
 
         def left() -> list[str]:
             found = [str(one) for pid in self.pids.values() for one in children(pid)]
             found += [str(path) for spool in spools for path in spool.glob("*")]
             return found + [one for one in holders(self.folder) if "(deleted)" in one]
 
-        end = time.monotonic() + 20
+        end = time.monotonic() + seconds
         while left() and time.monotonic() < end:
             time.sleep(0.1)
         assert left() == []

@@ -24,7 +24,7 @@ from consortium.client.datasets import Datasets
 from consortium.client.home import Home
 from consortium.client.joining import join
 from consortium.client.work import Answered, Given
-from consortium.protocol import wire
+from consortium.protocol import endings, wire
 from consortium.protocol.joincode import JoinCode
 from consortium.protocol.messages import Answer, Instruction, Payload, decode, encode
 from consortium.protocol.signing import ANSWER, INSTRUCTION, public_key, sign, verify
@@ -39,6 +39,11 @@ SITE = "hospital-1"
 CONSORTIUM = Path(sys.executable).with_name("consortium")
 
 
+def no_endings(poll: dict[str, Any]) -> dict[str, Any] | None:
+    """No run has ended."""
+    return None
+
+
 @dataclass
 class World:
     """A federation with one site that has joined, and the site door that the test plays.
@@ -46,7 +51,7 @@ class World:
     studies: texts by digest.
     offers: frames by nonce; those that a poll does not name are sent. answers: what came, by nonce.
     refuse: HTTP status by nonce that a PUT gets in place of being taken. late: nonces whose PUT is refused unread.
-    polls: what each poll said.
+    polls: what each poll said. endings: the document that a poll is answered with, None for none.
     """
 
     folder: Path
@@ -58,6 +63,7 @@ class World:
     refuse: dict[str, int] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
     polls: list[dict[str, Any]] = field(default_factory=list)
+    endings: Callable[[dict[str, Any]], dict[str, Any] | None] = no_endings
     notice: str = ""
     trusts: int = 0
     puts: int = 0
@@ -145,6 +151,17 @@ class World:
         self.offers[instruction.nonce] = self.frame(instruction) if frame is None else frame
         return instruction.nonce
 
+    def ended(self, poll: dict[str, Any], word: str, run: str = "r", **changed: Any) -> dict[str, str]:
+        """What the server says to a poll, with fields of the statement changed."""
+        about = {
+            "key": self.key,
+            "federation": "lung",
+            "site": SITE,
+            "nonce": poll["nonce"],
+            "runs": {run: word},
+        }
+        return endings.state(**{**about, **changed})
+
     def answer(self, nonce: str, seconds: float = 60.0) -> Answer:
         """The answer to what was offered."""
         wait_for(lambda: nonce in self.answers, seconds, "no answer came")
@@ -186,6 +203,10 @@ class World:
                 for nonce, frame in list(self.offers.items()):
                     if nonce not in said["have"] and nonce not in self.answers and not said["paused"]:
                         return Response(200, frame, headers={wire.NOTICE: self.notice})
+                ended = self.endings(said)
+                if ended is not None:
+                    notice = f"{self.notice} {wire.RUNS}".strip()
+                    return Response(200, json.dumps(ended).encode(), headers={wire.NOTICE: notice})
                 request.wait(never, 0.01)
         finally:
             os.close(never)
@@ -224,10 +245,11 @@ class Trivial:
     given: list[Given] = field(default_factory=list)
     interrupts: int = 0
     size: int = 1000
-    finishes: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+    finishes: list[tuple[str, bool]] = field(default_factory=list)
     changes: Mapping[str, Any] = field(default_factory=dict)
 
-    def begin(self, runs: set[str]) -> None:
+    def begin(self, runs: set[str], over: set[str]) -> None:
         return
 
     def answer(self, given: Given) -> Answered:
@@ -240,8 +262,11 @@ class Trivial:
         file.write(b"".join(views))
         return Answered(header, file)
 
-    def finished(self, run: str) -> None:
-        self.finishes.append(run)
+    def end(self, run: str) -> None:
+        self.ends.append(run)
+
+    def finished(self, run: str, for_good: bool) -> None:
+        self.finishes.append((run, for_good))
 
     def tidy(self, recent: Callable[[str], bool]) -> None:
         return
