@@ -8,16 +8,21 @@
 from __future__ import annotations
 
 import os
+import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from consortium.protocol.connection import Connection, StatusError, UnreachableError, proxy_for, trusting
-from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 
 TIMEOUT = 60.0
+AWAY = 600.0
+"""Seconds that a server may be away from somebody who watches a run."""
+FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
+"""Seconds between two tries to reach it, doubled each time."""
 OVER = ("finished", "finished early", "failed", "stopped")
 """States of a run that do not change any more."""
 
@@ -41,11 +46,35 @@ class Admin:
         """
         return self._request("POST", path, document)
 
-    def events(self, study: str) -> Iterator[dict[str, Any]]:
-        """Answers of the events route, one after the other, from the first event until the run is over."""
-        after = 0
+    def events(
+        self,
+        study: str,
+        say: Callable[[str], None] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> Iterator[dict[str, Any]]:
+        """Answers of the events route, one after the other, from the first event until the run is over.
+
+        say: gets a line when the server is away (it restarts, or the network is cut), and one when it is back; it is
+        waited for, `AWAY` seconds at most, and the events go on after the last that came. Without `say`, nobody waits.
+        """
+        after, known, waited, wait = 0, False, 0.0, 0.0
         while True:
-            found = self.get(f"/v1/studies/{name_in_path(study)}/events?after={after}")
+            try:
+                found = self.get(f"/v1/studies/{name_in_path(study)}/events?after={after}")
+            except (InputError, RefusedError, IntegrityError):
+                raise
+            except ConsortiumError as error:
+                if say is None or not known or waited >= AWAY:
+                    raise
+                if not waited:
+                    say(f"lost the server ({error}); waiting for it, the run goes on when it is back")
+                wait = min(max(2 * wait, FIRST_WAIT), LONGEST_WAIT)
+                sleep(wait)
+                waited += wait
+                continue
+            if say is not None and waited:
+                say("the server is back")
+            known, waited, wait = True, 0.0, 0.0
             yield found
             after = max([after, *(event["id"] for event in found["events"])])
             if found["state"] in OVER and not found["events"]:

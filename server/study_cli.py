@@ -129,13 +129,14 @@ def start(name: Name, folder: Folder = None, url: Url = None, as_json: Json = Fa
 @study.command()
 def watch(name: Name, folder: Folder = None, url: Url = None, as_json: Json = False) -> None:
     """Follow a study's latest run until it is over; exit code 1 where it failed. --json prints a JSON line an event.
+    A server that restarts is waited for, ten minutes at most.
 
     Example: consortium study watch breast-cancer --dir fed
     """
     from consortium.server.admin_client import connect
 
     state, why, told = "", "", False
-    for found in connect(folder, url).events(name):
+    for found in connect(folder, url).events(name, lambda said: typer.echo(said, err=True)):
         for event in found["events"]:
             typer.echo(json.dumps(event) if as_json else line(event))
         state, why = found["state"], found["why"]
