@@ -102,7 +102,7 @@ def leave(
 
     Example: consortium client leave --dir site
     """
-    from consortium.client.joining import leave as leave_federation
+    from consortium.client.leaving import leave as leave_federation
 
     home = home_in(folder)
     name = home.config.federation

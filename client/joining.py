@@ -1,4 +1,4 @@
-"""How a site joins a federation, renews its certificate, and leaves.
+"""How a site joins a federation, and renews its certificate.
 
 Joining goes step by step, each durable before the next: configuration, keys, the root (compared with the code's
 fingerprint), the request, then certificate and trust statement. Interrupted anywhere, the same command completes it:
@@ -22,10 +22,16 @@ from cryptography.x509.oid import NameOID
 from consortium.client.certificate import chain_from, request_for
 from consortium.client.home import Config, Home
 from consortium.protocol import configuration, credentials, keys, signing, wire
-from consortium.protocol.connection import Connection, StatusError, UnreachableError, proxy_for, trusting
+from consortium.protocol.connection import (
+    Connection,
+    StatusError,
+    UnreachableError,
+    proxy_for,
+    trusting,
+)
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.exclusive import alone
-from consortium.protocol.files import private_folder, sync_folder, write_private
+from consortium.protocol.files import private_folder, write_private
 from consortium.protocol.joincode import JoinCode, proof_content
 from consortium.protocol.keys import Lock
 
@@ -256,37 +262,16 @@ def renew(home: Home, lock: Lock, connection: Connection | None = None) -> None:
     """
     key = ec.generate_private_key(ec.SECP256R1())
     document = {"format": wire.FORMAT, "csr": request_for(key, home.config.site)}
-    answer = _at_site_door(home, lock, connection, wire.RENEW, document)
+    answer = at_site_door(home, lock, connection, wire.RENEW, document)
     chain = chain_from(answer, home.root, home.config.site, key)
     with alone(home.folder):
         credentials.save(home.tls_file, key, chain, lock)
 
 
-def leave(home: Home, lock: Lock, connection: Connection | None = None) -> None:
-    """Leave the federation: the server ends the site's certificates, then the one here is removed. Identity,
-    configuration and data stay, so that the site may come back by a new code.
-
-    Raises:
-        UnreachableError: the server was not told, so the site still belongs to the federation.
-    """
-    home.config  # noqa: B018 - where nobody has joined, say so
-    if not home.tls_file.exists():
-        return
-    try:
-        _at_site_door(home, lock, connection, wire.LEAVE, {"format": wire.FORMAT})
-    except UnreachableError as error:
-        raise UnreachableError(
-            f"{error}; the server was not told that site '{home.config.site}' leaves. Try again later, or ask its "
-            f"admin to type: consortium server revoke {home.config.site}"
-        ) from error
-    with alone(home.folder):
-        home.tls_file.unlink(missing_ok=True)
-        sync_folder(home.folder)
-
-
-def _at_site_door(
+def at_site_door(
     home: Home, lock: Lock, connection: Connection | None, path: str, document: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """What the site door answers to a POST, over a connection or one that is made for it. Raises as `Connection`."""
     used = connection or home.connection(lock, timeout=TIMEOUT)
     try:
         return used.request("POST", path, document).document()

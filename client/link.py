@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import http.client
 import logging
-import ssl
 import time
 from collections.abc import Callable
 
 from consortium.client.backoff import Backoff
-from consortium.protocol.connection import StatusError, UnreachableError
+from consortium.protocol.connection import ShutOutError, StatusError
 
 SLOW = 30.0
 """Seconds between tries of a site that the server does not let in."""
@@ -46,7 +44,7 @@ class Link:
 
     def lost(self, error: Exception) -> float:
         """There is no connection, for that reason; how many seconds to wait before the next try."""
-        self._shut = self._shut + 1 if not self.up and _shut_at_once(error) else 0
+        self._shut = self._shut + 1 if not self.up and isinstance(error, ShutOutError) else 0
         forbidden = isinstance(error, StatusError) and error.status in (401, 403)
         refused = forbidden or self._shut >= SHUT_OUT
         reason = str(error)
@@ -65,12 +63,3 @@ class Link:
         self.up, self.refused, self.error = False, refused, reason
         wait = self._backoff.next()
         return SLOW * (0.8 + 0.04 * wait) if refused else wait
-
-
-def _shut_at_once(error: Exception) -> bool:
-    """Whether the other side took the connection and then ended it, or said by TLS that it wants another one."""
-    cause = error.__cause__
-    if not isinstance(error, UnreachableError):
-        return False
-    closed = isinstance(cause, http.client.RemoteDisconnected | ConnectionResetError | BrokenPipeError)
-    return closed or (isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLCertVerificationError))

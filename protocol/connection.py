@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from consortium.protocol.causes import cause, mistrust, shut_out
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.wire import CHUNK, MAX_DOCUMENT
 
 
 class UnreachableError(ConsortiumError):
     """The server cannot be reached now; trying again later may help."""
+
+
+class ShutOutError(UnreachableError):
+    """The server took the connection, and then ended it unanswered or refused the certificate that it was shown."""
 
 
 class StatusError(ConsortiumError):
@@ -76,7 +81,7 @@ class Connection:
         document: a JSON body. body, length: a streamed one and its bytes.
 
         Raises:
-            UnreachableError: no connection, or it broke.
+            UnreachableError: no connection, or it broke; ShutOutError: the server broke it.
             StatusError: the server's answer is an error.
             IntegrityError: the server is not the one that is trusted.
         """
@@ -95,13 +100,13 @@ class Connection:
         except ssl.SSLCertVerificationError as error:
             self.close()
             raise IntegrityError(
-                f"{self._host}:{self._port}: is not the server that is trusted ({error.verify_message})"
+                f"{self._host}:{self._port}: is not the server that is trusted ({mistrust(error)})"
             ) from error
         except (OSError, http.client.HTTPException) as error:
             self.close()
-            raise UnreachableError(
-                f"{self._host}:{self._port}: cannot be reached ({_cause(error)})"
-            ) from error
+            kind = ShutOutError if shut_out(error) else UnreachableError
+            way = f" through the proxy {self._proxy}" if self._proxy else ""
+            raise kind(f"{self._host}:{self._port}: cannot be reached{way} ({cause(error)})") from error
         if reply.status >= 400:
             raise StatusError(reply.status, reply.reason())
         return reply
@@ -147,12 +152,6 @@ def _through(
     return connection
 
 
-def _cause(error: BaseException) -> str:
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
 class Reply:
     """A reply whose body is read piece by piece."""
 
@@ -174,7 +173,7 @@ class Reply:
             return self._response.read(length)
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
-            raise UnreachableError(f"the connection broke ({_cause(error)})") from error
+            raise UnreachableError(f"the connection broke ({cause(error)})") from error
 
     def read_into(self, buffer: memoryview) -> int:
         """Fill `buffer`; the number of bytes, 0 at the end. Raises as `read`."""
@@ -182,7 +181,7 @@ class Reply:
             return self._response.readinto(buffer)
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
-            raise UnreachableError(f"the connection broke ({_cause(error)})") from error
+            raise UnreachableError(f"the connection broke ({cause(error)})") from error
 
     def document(self, limit: int = MAX_DOCUMENT * 16) -> dict[str, Any]:
         """The body as a JSON object.

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from founded import HOST, Doors, found, open_doors
 
 from consortium.client import home as home_module
-from consortium.client import joining
+from consortium.client import joining, leaving
 from consortium.client.home import Home
 from consortium.protocol import configuration, credentials, files, keys, trust
 from consortium.protocol.connection import Connection, StatusError, UnreachableError
@@ -299,7 +299,8 @@ def test_too_many_failures(one: Doors, tmp_path: Path) -> None:
         with pytest.raises(RefusedError):
             join(one.code_with("hospital-1", "00" * 16), tmp_path / f"{place}")
     with pytest.raises(ConsortiumError, match="in a minute"):
-        join(one.code("hospital-1"), tmp_path / "site")
+        join(one.code_with("hospital-1", "00" * 16), tmp_path / "site")
+    assert join(one.code("hospital-1"), tmp_path / "site").problem == ""
 
 
 def test_folders_that_are_not_the_sites(one: Doors, tmp_path: Path) -> None:
@@ -429,8 +430,8 @@ def test_leave_and_come_back(one: Doors, tmp_path: Path) -> None:
     folder, code = tmp_path / "site", one.code("hospital-1")
     home = join(code, folder).home
     copy = home.tls_file.read_bytes()
-    joining.leave(home, home.lock())
-    joining.leave(home, home.lock())
+    leaving.leave(home, home.lock())
+    leaving.leave(home, home.lock())
     assert not home.joined
     assert [s["status"] for s in one.roster.sites()] == ["left"]
     with pytest.raises(RefusedError):
@@ -448,7 +449,7 @@ def test_leaving_a_server_that_is_not_there(one: Doors, folder: Path) -> None:
     home = join(one.code("hospital-1"), folder).home
     one.site.stop(1.0)
     with pytest.raises(UnreachableError, match="consortium server revoke hospital-1"):
-        joining.leave(home, home.lock())
+        leaving.leave(home, home.lock())
     assert home.joined
 
 
