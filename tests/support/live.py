@@ -66,7 +66,11 @@ class Live:
     command: tuple[str | Path, ...] = COMMAND
     pids: dict[str, int] = field(default_factory=dict)
     places: dict[str, Path] = field(default_factory=dict)
-    admin: Admin = field(init=False)
+
+    @property
+    def admin(self) -> Admin:
+        """A new connection to the admin door: one that rests for a minute is closed there."""
+        return connect(self.folder / "server", None)
 
     def home(self, site: str) -> Home:
         """A site's folder."""
@@ -77,7 +81,6 @@ class Live:
     def start_server(self) -> None:
         """Start the server, and wait until it answers."""
         self.launch_server()
-        self.admin = connect(self.folder / "server", None)
         self.until(self.answers, 60, "the server does not answer")
 
     def launch_server(self) -> None:
