@@ -6,6 +6,7 @@
     root.pem          the federation's root certificate, pinned at joining
     trust.json        the keys that may sign instructions, signed by the root
     policy.toml       what may run; data.toml and data/NAME/: over which data
+    data.key          what is kept of runs is encrypted under, itself encrypted
     state/ seen.json spool/ agent.sock log
 
 Folders have mode 0700, files 0600, private keys are encrypted. `client/joining.py` fills the folder.
@@ -30,6 +31,7 @@ from consortium.protocol.connection import Connection, trusting
 from consortium.protocol.errors import InputError, IntegrityError
 from consortium.protocol.files import write_private
 from consortium.protocol.keys import Lock
+from consortium.protocol.sealed import DATA_KEY, DataKey, data_key, sealed_file
 from consortium.protocol.trust import Trust, verified
 
 
@@ -111,6 +113,15 @@ class Home:
     def identity(self, lock: Lock) -> Ed25519PrivateKey:
         """The key that signs answers."""
         return keys.load_ed25519(self.identity_file, lock)
+
+    def data_key(self, lock: Lock) -> DataKey:
+        """What answers and state are encrypted under; made where nothing is encrypted yet.
+
+        Raises:
+            InputError, IntegrityError: it was lost or damaged, or the lock is not its.
+        """
+        fresh = not self.state.is_dir() or not any(map(sealed_file, self.state.glob("*.safetensors")))
+        return data_key(self.folder / DATA_KEY, lock, make=fresh)
 
     def tls_context(self, lock: Lock) -> ssl.SSLContext:
         """TLS 1.3 towards the federation's server alone, showing the site's certificate of now.

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from consortium.protocol import endings, wire
 from consortium.protocol.bundle import MAX_BUNDLE, MAX_STUDY, Bundle, of, read
 from consortium.protocol.connection import Connection, Reply, StatusError
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
-from consortium.protocol.files import private_folder
+from consortium.protocol.files import private_folder, working_file
 from consortium.protocol.messages import Header, Instruction, parse
 from consortium.protocol.signing import INSTRUCTION, verify
 from consortium.protocol.study import Study
@@ -197,7 +196,7 @@ class Inbox:
         sha, left = hashlib.sha256(), parsed.length
         buffer = memoryview(bytearray(min(wire.CHUNK, left)))
         try:
-            file = tempfile.TemporaryFile(dir=self._home.spool, buffering=0)  # noqa: SIM115 - it is handed on
+            file = os.fdopen(working_file(self._home.spool, left), "w+b", buffering=0)  # it is handed on
             while left:
                 count = reply.read_into(buffer[: min(len(buffer), left)])
                 if not count:

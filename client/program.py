@@ -47,7 +47,7 @@ def run(home: Home) -> None:
         ended = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
-        agent = Agent(home, lock, SiteWork(home), renew=renew)
+        agent = Agent(home, lock, SiteWork(home, home.data_key(lock)), renew=renew)
         control = Control(home.socket, _calls(agent, home))
         _log.info(
             "site %s of federation %s: the agent runs (process %d)",

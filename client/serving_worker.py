@@ -2,7 +2,7 @@
 
 It speaks over the socket that it was started with (`protocol/local.py`). First it is told what it works on:
 
-    {"study": text, "site": name, "source": {"path", "mapping", "key": hex}, "state": folder}
+    {"study": text, "site": name, "source": {"path", "mapping", "key": hex}, "state": folder, "key": hex}
 
 When it has started, it says {"up": true}. Then, for each instruction, {"run", "header": text} and a file with the
 content comes in, and {"header": text} and perhaps a file goes out, or {"error": text} that holds no path, no column of
@@ -20,7 +20,6 @@ import re
 import resource
 import signal
 import socket
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,9 @@ from consortium.client.task import Source, task_of
 from consortium.client.trainer import Resident
 from consortium.protocol import local
 from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
+from consortium.protocol.files import working_file, write_all
 from consortium.protocol.messages import Answer, Instruction, assemble, encode, parse
+from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.strategies.chosen import strategy_of
 
@@ -98,7 +99,7 @@ class Worker:
         if not self._study.built_in:
             raise RefusedError("code that a study brings does not run in this version")
         self._given: Mapping[str, Any] = about["source"]
-        self._state = Path(about["state"])
+        self._state, self._key = Path(about["state"]), DataKey(bytes.fromhex(about["key"]))
         given = self._given
         source = Source(
             about["site"], Path(given["path"]), mapping=given["mapping"], key=bytes.fromhex(given["key"])
@@ -116,17 +117,17 @@ class Worker:
         sent, views = encode(self._answer(instruction))
         if not views:
             return sent, None
-        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it is closed when it was handed over
+        size = sum(view.nbytes for view in views)
+        file = os.fdopen(working_file(Path.cwd(), size), "w+b", buffering=0)  # closed when it was handed over
         for view in views:
-            while view:
-                view = view[file.write(view) :]
+            write_all(file.fileno(), view)
         return sent, file
 
     def _answer(self, instruction: Instruction) -> Answer:
         """The answer given before to the same instruction, or a new one, kept before it is returned."""
         if instruction.study != self._study.digest or instruction.site != self._site.name:
             raise IntegrityError("the instruction is for another study or site than this worker")
-        store = Store(self._state, instruction.run)
+        store = Store(self._state, instruction.run, self._key)
         if self._run != instruction.run:
             if self._run:
                 raise IntegrityError("the instruction is for another run than this worker")

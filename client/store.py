@@ -1,13 +1,17 @@
 """What a site keeps on disk for one run: its memory, and its last answer.
 
 Both are one file, replaced whole: after a crash at any moment the site has either done an instruction, and gives the
-same answer again without computing it, or it has not. The file is safetensors; nothing is ever unpickled.
+same answer again without computing it, or it has not. The file is safetensors, encrypted under the run's own key;
+nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,9 +21,10 @@ from safetensors.numpy import save
 
 from consortium.client.site import Memory
 from consortium.protocol.errors import IntegrityError, RefusedError
-from consortium.protocol.files import private_folder, write_private
+from consortium.protocol.files import private_folder, write_all, write_pieces
 from consortium.protocol.layout import Vector
 from consortium.protocol.messages import Answer, Instruction, decode, encode
+from consortium.protocol.sealed import DataKey, Sealed, sealed_file, sealing
 
 FORMAT = "1"
 MOST_GIVEN = 256
@@ -72,9 +77,13 @@ def fingerprint(answer: Answer) -> str:
 
 
 class Store:
-    """The file of one site and one run in `folder`, which is made where it is missing."""
+    """The file of one site and one run in `folder`, which is made where it is missing.
 
-    def __init__(self, folder: Path, run: str) -> None:
+    key: what it is encrypted under; without one it is not.
+    """
+
+    def __init__(self, folder: Path, run: str, key: DataKey | None = None) -> None:
+        self._key = key
         # A run's name comes from the server, so it is no part of a path.
         self._path = folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.safetensors"
 
@@ -87,7 +96,7 @@ class Store:
         if not self._path.exists():
             return Kept()
         try:
-            with safe_open(self._path, framework="np") as file:
+            with self._plain() as path, safe_open(path, framework="np") as file:
                 about = dict(file.metadata() or {})
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             if about["format"] != FORMAT:
@@ -114,9 +123,24 @@ class Store:
         arrays = {f"committed.{kind}": vector for kind, vector in kept.memory.committed.items()}
         arrays |= {f"pending.{kind}": vector for kind, vector in kept.memory.pending.items()}
         if views:
-            content = views[0] if len(views) == 1 else b"".join(views)  # a lone vector is not copied
-            arrays["answer.content"] = np.frombuffer(content, np.uint8)
+            whole = views[0] if len(views) == 1 else b"".join(views)  # a lone vector is not copied
+            arrays["answer.content"] = np.frombuffer(whole, np.uint8)
         about = {"format": FORMAT, "pending_round": str(kept.memory.pending_round), "answer": header.decode()}
         about["given"] = json.dumps([[*asked, sha] for asked, sha in kept.given])
         private_folder(self._path.parent)
-        write_private(self._path, save(arrays, about))
+        content = [save(arrays, about)]
+        write_pieces(self._path, sealing(content, self._key) if self._key is not None else content)
+
+    @contextmanager
+    def _plain(self) -> Iterator[Path]:
+        """The file as it was before it was encrypted, in memory; or itself, as earlier versions left it."""
+        if self._key is None or not sealed_file(self._path):
+            yield self._path
+            return
+        with (
+            self._path.open("rb") as file,
+            os.fdopen(os.memfd_create("kept", os.MFD_CLOEXEC), "wb", 0) as plain,
+        ):
+            for piece in Sealed(file.fileno(), self._key, str(self._path)).pieces():
+                write_all(plain.fileno(), piece)
+            yield Path(f"/proc/self/fd/{plain.fileno()}")

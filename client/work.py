@@ -20,6 +20,7 @@ from consortium.client.snapshot import Snapshots, erase, place_of
 from consortium.client.worker_process import WorkerDied, WorkerLate, WorkerProcess
 from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
 from consortium.protocol.messages import Instruction
+from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 
 DEATHS = 3
@@ -97,10 +98,10 @@ class _Warm:
 
 
 class SiteWork:
-    """The real work of a site."""
+    """The real work of a site. key: what it keeps is encrypted under."""
 
-    def __init__(self, home: Home) -> None:
-        self._home, self._data = home, Datasets(home)
+    def __init__(self, home: Home, key: DataKey) -> None:
+        self._home, self._key, self._data = home, key, Datasets(home)
         self._snapshots = Snapshots(home.config.site, home.spool)
         self._lock = threading.Lock()
         self._warm: OrderedDict[str, _Warm] = OrderedDict()
@@ -180,6 +181,7 @@ class SiteWork:
             "site": given.about.site,
             "source": source.document(),
             "state": str(self._home.state),
+            "key": self._key.of(f"run {run}").secret.hex(),
         }
         folder = place_of(self._home.spool, run) / "work"
         with self._lock:

@@ -41,6 +41,17 @@ def write_pieces(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -
     sync_folder(path.parent)
 
 
+MEMORY = 64 << 20
+"""Bytes up to which a working file is held in memory; beyond it lies on disk, not encrypted, and without a name."""
+
+
+def working_file(folder: Path, size: int) -> int:
+    """A new file for `size` bytes of which nothing is left when it is closed; a descriptor."""
+    if size <= MEMORY:
+        return os.memfd_create("consortium", os.MFD_CLOEXEC)
+    return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+
 def write_all(descriptor: int, content: bytes | bytearray | memoryview) -> None:
     """Write all of `content` to an open file, from where it stands."""
     left = memoryview(content).cast("B")

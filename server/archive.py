@@ -22,6 +22,7 @@ from typing import Any
 from consortium.protocol.bundle import Bundle, of
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.files import private_folder
+from consortium.protocol.sealed import DataKey, new_data_key
 from consortium.protocol.study import Study
 from consortium.server.store import Store
 
@@ -60,14 +61,22 @@ class Commit:
 class Archive:
     """Studies, runs, commits and events. For any number of threads.
 
-    folder: for checkpoints, on any disk that knows files without a name (O_TMPFILE).
+    folder: for checkpoints, on any disk that knows files without a name (O_TMPFILE). key: the federation's data key;
+    without one, one that is lost with this object.
 
     Raises:
         InputError: the folder cannot be used.
     """
 
-    def __init__(self, store: Store, folder: Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: Store,
+        folder: Path,
+        clock: Callable[[], float] = time.time,
+        key: DataKey | None = None,
+    ) -> None:
         self._store, self._clock = store, clock
+        self._key = key or new_data_key()
         self._news = threading.Condition()
         self.folder = private_folder(folder)
         self._sweep()
@@ -187,6 +196,10 @@ class Archive:
         self._tell()
 
     # Commits
+
+    def key_of(self, run: str) -> DataKey:
+        """What a run's checkpoints, and what it sends, are encrypted under while they lie on disk."""
+        return self._key.of(f"run {run}")
 
     def committed(self, run: str) -> Commit | None:
         """The last commit of a run."""

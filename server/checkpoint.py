@@ -4,7 +4,8 @@
 
 The document holds each part's place, dtype, shape and SHA-256, so the SHA-256 of the document, which `Writer.write`
 returns, vouches for the whole file. The model stands first: the file also serves as the content of an instruction
-that carries the model alone. Nothing is ever pickled; arrays are little-endian.
+that carries the model alone. Nothing is ever pickled; arrays are little-endian. On disk all of this is encrypted
+(`protocol/sealed.py`) under the run's own key.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consortium.protocol.errors import ConsortiumError, IntegrityError
+from consortium.protocol.sealed import DataKey, Piece, Sealed, is_sealed, sealing
 from consortium.server.records import Evaluation, Round, RunState
 
 FORMAT = 1
@@ -37,10 +39,13 @@ Named = tuple[str, str, NDArray[Any], str]
 
 
 class Writer:
-    """Writes states of one run, each of which continues the one before: records are encoded once."""
+    """Writes states of one run, each of which continues the one before: records are encoded once.
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    key: what files are encrypted under; without one they are not.
+    """
+
+    def __init__(self, run: str, key: DataKey | None = None) -> None:
+        self._run, self._key = run, key
         self._rounds, self._evaluations = bytearray(), bytearray()
         self._known = (0, 0)
 
@@ -54,13 +59,15 @@ class Writer:
             OSError: the disk is full, and the like.
         """
         parts: list[dict[str, Any]] = []
+        pieces: list[Piece] = []
         place = 0
         for kind, name, array, known in (*_arrays(state), *self._history(state)):
             view = _bytes(array)
             sha = known or hashlib.sha256(view).hexdigest()
             about = {"place": kind, "name": name, "dtype": array.dtype.str, "shape": list(array.shape)}
             parts.append({**about, "start": place, "sha256": sha})
-            place = put(file, view, place)
+            pieces.append(view)
+            place += len(view)
         best = None
         if state.best is not None:
             own = any(part["place"] == "best" for part in parts)
@@ -76,8 +83,10 @@ class Writer:
             "parts": parts,
         }
         content = json.dumps(document, separators=(",", ":")).encode()
-        place = put(file, memoryview(content), place)
-        put(file, memoryview(len(content).to_bytes(8, "big") + _MAGIC), place)
+        pieces += [content, len(content).to_bytes(8, "big") + _MAGIC]
+        place = 0
+        for piece in sealing(pieces, self._key) if self._key is not None else pieces:
+            place = put(file, memoryview(piece), place)
         return hashlib.sha256(content).hexdigest()
 
     def _history(self, state: RunState) -> Iterator[Named]:
@@ -91,18 +100,21 @@ class Writer:
         yield "evaluations", "", np.frombuffer(bytes(self._evaluations), np.uint8), ""
 
 
-def read(file: int, sha256: str, run: str) -> RunState:
-    """The state of `run` in a file, whose document has this SHA-256. Arrays are read-only; large ones are mapped.
+def read(file: int, sha256: str, run: str, key: DataKey | None = None) -> RunState:
+    """The state of `run` in a file, whose document has this SHA-256. Arrays are read-only; those of a file that is not
+    encrypted, as earlier versions left it, are mapped.
 
     Raises:
-        IntegrityError: it is not what was written.
+        IntegrityError: it is not what was written, or the key is not its.
     """
     try:
-        size = os.fstat(file).st_size
-        document, end = _document(file, size, sha256)
+        if key is not None and is_sealed(file):
+            whole = memoryview(Sealed(file, key, "its file").read()).toreadonly()
+        else:
+            whole = memoryview(mmap.mmap(file, os.fstat(file).st_size, access=mmap.ACCESS_READ))
+        document, end = _document(whole, sha256)
         if document["format"] != FORMAT or document["run"] != run:
             raise IntegrityError("it is of another run or format")
-        whole = memoryview(mmap.mmap(file, size, access=mmap.ACCESS_READ))
         found = {(part["place"], part["name"]): _part(whole[:end], part) for part in document["parts"]}
         return _state(document, found)
     except IntegrityError as error:
@@ -149,14 +161,14 @@ def put(file: int, view: memoryview, place: int) -> int:
     return place
 
 
-def _document(file: int, size: int, sha256: str) -> tuple[dict[str, Any], int]:
+def _document(whole: memoryview, sha256: str) -> tuple[dict[str, Any], int]:
     """The document, and where it begins."""
-    trailer = os.pread(file, _TRAILER, max(0, size - _TRAILER))
+    trailer = whole[-_TRAILER:]
     length = int.from_bytes(trailer[:8], "big")
-    start = size - _TRAILER - length
+    start = len(whole) - _TRAILER - length
     if trailer[8:] != _MAGIC or start < 0 or length > MAX_DOCUMENT:
         raise IntegrityError("it does not end as it was written")
-    content = os.pread(file, length, start)
+    content = bytes(whole[start : start + length])
     if hashlib.sha256(content).hexdigest() != sha256:
         raise IntegrityError("its SHA-256 is not the one that was committed")
     document = json.loads(content)

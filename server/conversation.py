@@ -20,6 +20,7 @@ from consortium.protocol import local, wire
 from consortium.protocol.errors import ConsortiumError, IntegrityError
 from consortium.protocol.local import ClosedError
 from consortium.protocol.messages import parse
+from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.server.archive import EARLY, FAILED, FINISHED, Archive
 from consortium.server.child import Child
@@ -42,7 +43,12 @@ class Exchange(Protocol):
 
     def connected(self) -> list[str]: ...
     def ask(
-        self, run: str, headers: Mapping[str, bytes], content: int | None, largest: int
+        self,
+        run: str,
+        headers: Mapping[str, bytes],
+        content: int | None,
+        largest: int,
+        key: DataKey | None = None,
     ) -> dict[str, str]: ...
     def answers(self, run: str, seconds: float) -> Received | None: ...
     def withdraw(self, run: str) -> None: ...
@@ -228,7 +234,8 @@ class Conversation:
         for site, text in wire.field(document, "headers", dict).items():
             headers[site] = str(text).encode()
             self._check(site, headers[site])
-        refused = self._exchange.ask(self._run, headers, files[0] if files else None, self._largest)
+        key = self._archive.key_of(self._run)
+        refused = self._exchange.ask(self._run, headers, files[0] if files else None, self._largest, key)
         self._answered = set()
         return {"refused": refused}, None
 

@@ -22,7 +22,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from consortium.protocol.files import working_file
 from consortium.protocol.messages import Header, parse
+from consortium.protocol.sealed import DataKey, Sealed
+from consortium.protocol.wire import CHUNK
 
 GRACE = 10.0
 """Seconds between two polls in which a site still counts as at hand."""
@@ -33,17 +36,31 @@ SLACK = 1.05
 class Spooled:
     """A file without a name, on disk: nothing is left of it when nobody refers to it any more.
 
-    fd: its descriptor; whoever hands it on duplicates it.
+    fd: its descriptor; whoever hands it on duplicates it. key: what it is encrypted under, None where it is not.
     """
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, key: DataKey | None = None) -> None:
+        self.fd, self._key = fd, key
         self._closed = weakref.finalize(self, os.close, fd)
 
     @classmethod
-    def new(cls, folder: Path) -> Spooled:
-        """An empty one on the disk of `folder`."""
-        return cls(os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    def new(cls, folder: Path, size: int = 0) -> Spooled:
+        """An empty one for `size` bytes: in memory where they are few, else on the disk of `folder`."""
+        return cls(working_file(folder, size))
+
+    def pieces(self, length: int) -> Iterator[bytes | memoryview]:
+        """The first `length` bytes of the content; a piece is overwritten by the next.
+
+        Raises:
+            IntegrityError: the file is damaged.
+        """
+        if self._key is not None:
+            yield from Sealed(self.fd, self._key, "the content of an instruction").pieces(0, length)
+            return
+        place = 0
+        while place < length and (piece := os.pread(self.fd, min(CHUNK, length - place), place)):
+            yield piece
+            place += len(piece)
 
 
 @dataclass(frozen=True)
@@ -222,16 +239,21 @@ class Exchange:
             return Presence(self._at_hand(one), one.paused, one.since)
 
     def ask(
-        self, run: str, headers: Mapping[str, bytes], content: int | None, largest: int
+        self,
+        run: str,
+        headers: Mapping[str, bytes],
+        content: int | None,
+        largest: int,
+        key: DataKey | None = None,
     ) -> dict[str, str]:
         """Sign and offer each site its instruction; what the run asked before is withdrawn.
 
         headers: of `messages.encode(instruction.to(site))`, by site. content: the descriptor of a file that all of them
-        share; it is duplicated. largest: bytes of an answer's content.
+        share; it is duplicated. key: what that file is encrypted under. largest: bytes of an answer's content.
 
         Returns reasons by site of those that cannot be asked.
         """
-        shared = Spooled(os.dup(content)) if content is not None else None
+        shared = Spooled(os.dup(content), key) if content is not None else None
         offers, refused = {}, {}
         for site, header in headers.items():
             if not self._member(site):

@@ -6,6 +6,7 @@
     server.pem        the doors' certificate: key and chain (leaf, issuing)
     instruction.key   Ed25519: signs instructions; trust.json says so, signed by the root
     admin.token       a token of role admin, for whoever works on the server's machine
+    data.key          what checkpoints are encrypted under, itself encrypted
     consortium.db checkpoints/ spool/ runs/
 
 Keys are encrypted. Key and certificate stand in one file wherever both are replaced together.
@@ -29,6 +30,7 @@ from consortium.protocol.configuration import Configuration, Host, KeyFile, Name
 from consortium.protocol.errors import InputError, IntegrityError
 from consortium.protocol.files import write_private
 from consortium.protocol.keys import Lock
+from consortium.protocol.sealed import DATA_KEY, DataKey, data_key, sealed_file
 from consortium.protocol.signing import MODEL, raw, sign
 from consortium.server import pki
 from consortium.server.pki import Authority
@@ -38,6 +40,7 @@ CONFIG = "server.toml"
 ROOT_KEY, ROOT, ISSUING, SERVER = "root.key", "root.pem", "issuing.pem", "server.pem"
 INSTRUCTION_KEY, NEXT_KEY, TRUST = "instruction.key", "instruction.next", "trust.json"
 ADMIN_TOKEN, DATABASE = "admin.token", "consortium.db"
+CHECKPOINTS = "checkpoints"
 
 
 class Config(Configuration):
@@ -238,6 +241,16 @@ class Federation:
     def issue(self, roster: Roster, site: str, csr: str) -> str:
         """Another certificate chain (PEM) for a site that has joined. Raises as `issuer_for` and `Roster.renew`."""
         return roster.renew(site, self.issuer_for(csr))
+
+    def data_key(self) -> DataKey:
+        """What checkpoints are encrypted under. A federation of an earlier version has none yet: it is made.
+
+        Raises:
+            InputError, IntegrityError: it was lost or damaged.
+        """
+        kept = self.folder / CHECKPOINTS
+        fresh = not kept.is_dir() or not any(map(sealed_file, kept.iterdir()))
+        return data_key(self.folder / DATA_KEY, self._lock, make=fresh)
 
     # Successors
 

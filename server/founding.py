@@ -17,6 +17,7 @@ from consortium.protocol.errors import InputError
 from consortium.protocol.exclusive import alone
 from consortium.protocol.files import private_folder, write_private
 from consortium.protocol.keys import Lock
+from consortium.protocol.sealed import DATA_KEY, data_key
 from consortium.server import pki
 from consortium.server.federation import (
     ADMIN_TOKEN,
@@ -133,6 +134,7 @@ def _make(folder: Path, config: Config, lock: Lock, now: float) -> None:
         root = root_authority(folder, lock)
         first = keys.load_ed25519(folder / INSTRUCTION_KEY, lock).public_key()
         write_trust(folder, trust.state(root.key, config.name, 1, [first], int(now)))
+    data_key(folder / DATA_KEY, lock)
     for name in ("checkpoints", "spool", "runs"):
         private_folder(folder / name)
     store = Store(folder / DATABASE)

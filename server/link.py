@@ -1,7 +1,7 @@
 """The round loop's way out of a run's own process: sites and commits, over a socket to the server that started it.
 
 The process calls, the server (`server/conversation.py`) answers, one call at a time, as `protocol/local.py` has it.
-Models travel as open files, never through the socket:
+Models travel as open files, never through the socket; what the process writes is encrypted under the run's key:
 
     ready {layout_bytes}                          -> {}
     load {}                                       -> {sha256} + file, or {} where nothing is committed
@@ -30,6 +30,7 @@ from typing import Any
 from consortium.protocol import local
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.messages import Answer, Instruction, Payload, assemble, canonical, encode, parse
+from consortium.protocol.sealed import DataKey, is_sealed, sealing
 from consortium.server import checkpoint
 from consortium.server.clients import Block
 from consortium.server.records import Evaluation, Round, RunState
@@ -78,11 +79,11 @@ class Link:
 
 
 class LinkCommits:
-    """`Commits` in the server's archive. folder: where checkpoint files without a name are made."""
+    """`Commits` in the server's archive. folder: where checkpoint files without a name are made. key: the run's."""
 
-    def __init__(self, link: Link, run: str, folder: Path) -> None:
-        self._link, self._run, self._folder = link, run, folder
-        self._writer = checkpoint.Writer(run)
+    def __init__(self, link: Link, run: str, folder: Path, key: DataKey) -> None:
+        self._link, self._run, self._folder, self.key = link, run, folder, key
+        self._writer = checkpoint.Writer(run, key)
         self._shown = (0, 0)
         self._model: tuple[str, int] = ("", -1)
 
@@ -90,8 +91,11 @@ class LinkCommits:
         reply, file = self._link.call_for_file("load")
         if file is None:
             return None
-        state = checkpoint.read(file, str(reply["sha256"]), self._run)
-        self._keep(state.digest, file)
+        state = checkpoint.read(file, str(reply["sha256"]), self._run, self.key)
+        if is_sealed(file):
+            self._keep(state.digest, file)
+        else:
+            os.close(file)
         self._shown = (len(state.rounds), len(state.evaluations))
         return state
 
@@ -148,8 +152,8 @@ class LinkClients:
         if not views:
             return about["parts"], about["sha256"], None
         file, place = nameless(self._spool), 0
-        for view in views:
-            place = checkpoint.put(file, view, place)
+        for piece in sealing(views, self._commits.key):
+            place = checkpoint.put(file, memoryview(piece), place)
         return about["parts"], about["sha256"], file
 
     def _send(

@@ -1,4 +1,4 @@
-"""The process of one run: the round loop, without keys and without the database.
+"""The process of one run: the round loop, without the federation's keys and without the database.
 
     python -m consortium.server.run_process DESCRIPTOR
 
@@ -31,6 +31,7 @@ from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.files import write_private
 from consortium.protocol.layout import Layout, digest_of
 from consortium.protocol.local import ClosedError
+from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.server import results, worker_process
 from consortium.server.coordinator import run
@@ -77,7 +78,8 @@ def _ended(number: int, _: Any) -> None:
 def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
     """Status and reason of the run that `first` names."""
     study = _study(first, folder)
-    commits = LinkCommits(link, str(first["run"]), Path(first["checkpoints"]))
+    key = DataKey(bytes.fromhex(first["key"]))
+    commits = LinkCommits(link, str(first["run"]), Path(first["checkpoints"]), key)
     state = commits.load()
     plan = _plan(study, first, folder, begun=state is not None)
     link.call("ready", layout_bytes=plan.layout.nbytes)

@@ -199,6 +199,7 @@ class Running:
             "federation": self._federation,
             "spool": str(self._exchange.spool.absolute()),
             "checkpoints": str(self._archive.folder.absolute()),
+            "key": self._archive.key_of(self._name).secret.hex(),
         }
 
     def _wake(self) -> None:

@@ -27,7 +27,7 @@ from consortium.server.admin_door import AdminDoor
 from consortium.server.archive import Archive
 from consortium.server.enrolment import Enrolment
 from consortium.server.exchange import Exchange
-from consortium.server.federation import Federation
+from consortium.server.federation import CHECKPOINTS, Federation
 from consortium.server.listener import Caps, Listener
 from consortium.server.roster import Roster
 from consortium.server.runs import Runs
@@ -52,7 +52,7 @@ class Server:
         folder = federation.folder
         self.store = Store(folder / "consortium.db")
         self.roster = Roster(self.store)
-        self.archive = Archive(self.store, folder / "checkpoints")
+        self.archive = Archive(self.store, folder / CHECKPOINTS, key=federation.data_key())
         spool = folder / "spool"
         spool.mkdir(mode=0o700, exist_ok=True)
         self.exchange = Exchange(self._sign, spool, self.roster.is_member)

@@ -148,7 +148,7 @@ class SiteDoor:
 
     def _content(self, request: Request, about: Header) -> Spooled:
         """The content of an answer, on disk; its hash is that of the header."""
-        content, sha, left = Spooled.new(self._exchange.spool), hashlib.sha256(), about.length
+        content, sha, left = Spooled.new(self._exchange.spool, about.length), hashlib.sha256(), about.length
         buffer = memoryview(bytearray(min(CHUNK, left)))
         while left:
             count = request.read_into(buffer[: min(len(buffer), left)])
@@ -221,16 +221,16 @@ def _frame(offer: Offer, notice: dict[str, str]) -> Response:
     return Response(200, b"", "application/octet-stream", notice, _pieces(start, offer), length)
 
 
-def _pieces(start: bytes, offer: Offer) -> Iterator[bytes]:
+def _pieces(start: bytes, offer: Offer) -> Iterator[bytes | memoryview]:
     yield start
-    place = 0
-    while place < offer.length:
+    left = offer.length
+    if left:
         assert offer.content is not None
-        piece = os.pread(offer.content.fd, min(CHUNK, offer.length - place), place)
-        if not piece:
-            raise ConsortiumError("the content file is shorter than its header says")
-        yield piece
-        place += len(piece)
+        for piece in offer.content.pieces(left):
+            yield piece
+            left -= len(piece)
+    if left:
+        raise ConsortiumError("the content file is shorter than its header says")
 
 
 def _write(fd: int, piece: memoryview) -> None:

@@ -24,6 +24,7 @@ from consortium.client.task import task_of
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.layout import digest_of
 from consortium.protocol.messages import Answer, Instruction, Payload
+from consortium.protocol.sealed import DataKey, new_data_key
 from consortium.protocol.study import Study
 from consortium.server.coordinator import run
 from consortium.server.grid import FlowerSites
@@ -34,6 +35,7 @@ from consortium.simulations.sites import gather
 from consortium.strategies.chosen import strategy_of
 
 SCAFFOLD = 'name = "scaffold"'
+KEY = new_data_key()
 _one_at_a_time = threading.Lock()
 
 
@@ -175,14 +177,15 @@ def test_a_message_that_is_none_of_ours_gets_an_error(installed: Path) -> None:
     assert "malformed" in str(reply.error.reason)
 
 
-def test_what_is_kept_survives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+def test_what_is_kept_survives(tmp_path: Path, key: DataKey | None) -> None:
     """Memory and answer come back as they were saved, for the run that they belong to, from a private file."""
     answer = Answer(
         run="r", round=2, attempt=0, kind="train", site="a", nonce="n", model="m", weight=3.0,
         payload=Payload({"shared": np.arange(4, dtype=np.float32)}), metrics={"loss": np.array([1.0, 2.0])},
     )  # fmt: skip
     memory = Memory({"control": np.ones(3)}, {"control": np.full(3, 2.0)}, 2)
-    store = Store(tmp_path / "state", "../../r")
+    store = Store(tmp_path / "state", "../../r", key)
     assert store.load() == Kept()
     store.save(Kept(memory, answer))
     found = store.load()
@@ -191,16 +194,21 @@ def test_what_is_kept_survives(tmp_path: Path) -> None:
     assert found.memory.committed["control"].tolist() == [1.0, 1.0, 1.0]
     assert found.memory.pending["control"].tolist() == [2.0, 2.0, 2.0]
     assert found.last.payload.vectors["shared"].tolist() == [0.0, 1.0, 2.0, 3.0]
-    assert Store(tmp_path / "state", "another").load() == Kept()
+    assert Store(tmp_path / "state", "another", key).load() == Kept()
     (file,) = (tmp_path / "state").iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
+    assert (b"control" in file.read_bytes()) == (key is None)
+    if key is not None:
+        with pytest.raises(IntegrityError, match="belongs to another key"):
+            Store(tmp_path / "state", "../../r", key.of("another run")).load()
 
 
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
 @pytest.mark.parametrize("cut", [0, 7, 100])
-def test_a_damaged_state_is_refused(cut: int, tmp_path: Path) -> None:
+def test_a_damaged_state_is_refused(cut: int, key: DataKey | None, tmp_path: Path) -> None:
     """A file that was cut off is named, and never taken for a fresh start."""
     answer = Answer(run="r", round=1, attempt=0, kind="evaluate", site="a", nonce="n", model="m")
-    store = Store(tmp_path, "r")
+    store = Store(tmp_path, "r", key)
     store.save(Kept(Memory(), answer))
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:cut])

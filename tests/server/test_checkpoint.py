@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from consortium.protocol.errors import ConsortiumError, IntegrityError
 from consortium.protocol.layout import Vector, digest_of
+from consortium.protocol.sealed import DataKey, Sealed, new_data_key
 from consortium.server import checkpoint
 from consortium.server.checkpoint import Writer, read
 from consortium.server.link import nameless
 from consortium.server.records import Evaluation, Round, RunState
 from consortium.strategies.catalogue import CATALOGUE, Entry
 
+KEY = new_data_key()
 names = st.text(max_size=12)
 numbers = st.floats(width=64)
 counts = st.dictionaries(names, numbers, max_size=4)
@@ -151,21 +153,36 @@ def test_the_file_begins_with_the_model(tmp_path: Path) -> None:
     os.close(file)
 
 
-def test_whatever_byte_changes_is_found(tmp_path: Path) -> None:
+def test_an_encrypted_file_begins_with_the_model_and_shows_nothing(tmp_path: Path) -> None:
+    """Whoever has the run's key reads the model from its start; the file holds no trace of what it is about."""
+    state, file = state_of(), nameless(tmp_path)
+    sha256 = Writer("r.1", KEY).write(state, file)
+    first = b"".join(map(bytes, Sealed(file, KEY).pieces(0, state.model.nbytes)))
+    assert hashlib.sha256(first).hexdigest() == state.digest
+    whole = os.pread(file, os.fstat(file).st_size, 0)
+    assert not [word for word in (state.model.tobytes()[:8], b"CSCP", b"sha256", b"r.1") if word in whole]
+    assert read(file, sha256, "r.1", KEY).digest == state.digest
+    with pytest.raises(IntegrityError, match="the checkpoint is damaged"):
+        read(file, sha256, "r.1", KEY.of("another run"))
+    os.close(file)
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+def test_whatever_byte_changes_is_found(tmp_path: Path, key: DataKey | None) -> None:
     """One flipped bit anywhere, a shorter or a longer file: refused as damaged, never read otherwise."""
     file = nameless(tmp_path)
-    sha256 = Writer("r.1").write(state_of(40, 1), file)
+    sha256 = Writer("r.1", key).write(state_of(40, 1), file)
     whole = os.pread(file, os.fstat(file).st_size, 0)
     for place in range(len(whole)):
         os.pwrite(file, bytes([whole[place] ^ 1]), place)
         with pytest.raises(IntegrityError, match="the checkpoint is damaged"):
-            read(file, sha256, "r.1")
+            read(file, sha256, "r.1", key)
         os.pwrite(file, whole[place : place + 1], place)
-    assert read(file, sha256, "r.1").round == 1
+    assert read(file, sha256, "r.1", key).round == 1
     for length in (0, 5, 12, len(whole) - 1, len(whole) + 1):
         os.ftruncate(file, length)
         with pytest.raises(IntegrityError, match="the checkpoint is damaged"):
-            read(file, sha256, "r.1")
+            read(file, sha256, "r.1", key)
     os.close(file)
 
 

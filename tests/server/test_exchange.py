@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from consortium.protocol.files import MEMORY
 from consortium.protocol.messages import Instruction, Payload, encode
 from consortium.server import exchange as module
 from consortium.server.exchange import Exchange, Offer, Received, Spooled
@@ -160,8 +161,13 @@ def test_waiting_ends_when_another_site_comes(exchange: Exchange) -> None:
 
 
 def test_a_spooled_file_has_no_name_and_closes_by_itself(exchange: Exchange) -> None:
-    """Nothing of an answer is left in the spool, nor as an open descriptor, when nobody refers to it."""
-    spooled = Spooled.new(exchange.spool)
+    """Nothing of an answer is left in the spool, nor as an open descriptor, when nobody refers to it; a small one is
+    never on disk."""
+    small = Path(f"/proc/self/fd/{Spooled.new(exchange.spool, MEMORY).fd}")
+    assert not small.exists() or not str(small.readlink()).startswith("/memfd:")
+    kept = Spooled.new(exchange.spool, MEMORY)
+    assert str(Path(f"/proc/self/fd/{kept.fd}").readlink()).startswith("/memfd:")
+    spooled = Spooled.new(exchange.spool, MEMORY + 1)
     place = Path(f"/proc/self/fd/{spooled.fd}")
     assert list(exchange.spool.iterdir()) == []
     assert str(place.readlink()).startswith(str(exchange.spool))

@@ -370,7 +370,7 @@ def test_damaged_runs_are_failed_and_the_others_go_on(tmp_path: Path) -> None:
     with world(tmp_path, texts["well"], QUICK) as one:
         one.sites.join()
         one.runs.take_up()
-        assert "SHA-256" in one.until("bit.1", "failed")[1]
+        assert "damaged" in one.until("bit.1", "failed")[1]
         assert "restore it from a backup" in one.until("gone.1", "failed")[1]
         assert "does not have the digest" in one.until("text.1", "failed")[1]
         ends_as_simulated(one, "well.1")

@@ -19,6 +19,7 @@ from consortium.client.site import Site, open_site, start
 from consortium.client.store import Kept
 from consortium.client.task import Source, task_of
 from consortium.protocol.messages import Answer, Instruction, decode, encode
+from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.server import run_process
 from consortium.server.archive import Archive
@@ -102,7 +103,7 @@ class Sites:
 
     def _one_answer(self, name: str, site: Site, offer: Offer, kept: Kept) -> Kept:
         instruction = decode(
-            offer.header, os.pread(offer.content.fd, offer.length, 0) if offer.content else b""
+            offer.header, b"".join(map(bytes, offer.content.pieces(offer.length))) if offer.content else b""
         )
         assert isinstance(instruction, Instruction)
         self.asked.append((name, instruction.kind, instruction.round, instruction.attempt))
@@ -137,7 +138,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.store = Store(self.folder / "consortium.db")
-        self.archive = Archive(self.store, self.folder / "checkpoints")
+        self.archive = Archive(self.store, self.folder / "checkpoints", key=DataKey(bytes(range(32))))
         (self.folder / "spool").mkdir(exist_ok=True)
         self.exchange = Exchange(lambda header: b"s" * 64, self.folder / "spool", lambda site: True)
         self.runs = Runs(self.archive, self.exchange, self.folder, "fed", self.command)
