@@ -288,7 +288,7 @@ class Agent:
         about = taken.about
         if outcome != "taken":
             self._hand.close(about.nonce)
-            self._hand.show(taken, "not taken", why)
+            self._hand.show(taken, "late" if outcome == "late" else "not taken", why)
             return
         if self._hand.state(about.run) != "declined":
             self._hand.show(taken, "answered")

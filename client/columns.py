@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from consortium.client.mapping import Cell, SiteMapping, count
+from consortium.client.skipping import NO_CODE, NO_NUMBER, NO_VALUE, OUTSIDE, Fault
 from consortium.protocol.errors import nearest
 
 _log = logging.getLogger(__name__)
@@ -49,33 +50,36 @@ def called(column: Column, mapping: SiteMapping) -> str:
 
 
 def convert(
-    column: Column, cells: pd.Series[Any], mapping: SiteMapping, where: str
-) -> tuple[NDArray[Any], list[str]]:
+    column: Column, cells: pd.Series[Any], mapping: SiteMapping, where: str, *, every: bool = False
+) -> tuple[NDArray[Any], list[Fault]]:
     """The column (n,) in the study's form, and what is wrong with it; use it only where nothing is.
 
-    where: the site and its file, for what is strange but not wrong and goes to the log.
+    where: the site and its file, for what is strange but not wrong and goes to the log. every: give every fault of
+    every row, also where those that were found first may be the cause of it.
     """
     how, markers = mapping.of(column.name), mapping.markers(column.name)
-    problems: list[str] = []
+    problems: list[Fault] = []
     if (column.values or column.text) and (how.scale != 1 or how.offset != 0):
-        problems.append("is not a number in this study; take scale and offset out of the mapping")
+        problems.append(Fault("is not a number in this study; take scale and offset out of the mapping"))
     if column.values or column.text or how.codes is not None:
-        result, found = _coded(column, cells, how.codes, markers)
+        result, found = _coded(column, cells, how.codes, markers, every)
     else:
         result, found = _numbers(cells, markers, mapping.source.decimal)
         result = result * how.scale + how.offset
     problems += found
-    if not problems:
-        problems = _limits(column, f"{where}: {called(column, mapping)}", result)
-    return result, [f"{called(column, mapping)}: {problem}" for problem in problems]
+    if every or not problems:
+        problems += _limits(column, f"{where}: {called(column, mapping)}", result)
+    name = called(column, mapping)
+    return result, [replace(problem, text=f"{name}: {problem.text}") for problem in problems]
 
 
-def _limits(column: Column, name: str, result: NDArray[Any]) -> list[str]:
+def _limits(column: Column, name: str, result: NDArray[Any]) -> list[Fault]:
     """Cells without a value where the study needs one, and numbers outside the range."""
     problems = []
     none = pd.isna(result)
     if column.needed and none.any():
-        problems.append(f"{_rows(none)} without a value, which this study refuses; leave such rows out")
+        text = f"{_rows(none)} without a value, which this study refuses; leave such rows out"
+        problems.append(Fault(text, np.asarray(none), NO_VALUE))
     elif len(none) and none.all():
         _log.warning("%s: no row has a value", name)
     if column.range is not None:
@@ -83,7 +87,7 @@ def _limits(column: Column, name: str, result: NDArray[Any]) -> list[str]:
         outside = (result < low) | (result > high)
         if column.closed and outside.any():
             right = f"outside the study's range [{low:g}, {high:g}]; check the unit, or leave such rows out"
-            problems.append(f"{_rows(outside)} {right}")
+            problems.append(Fault(f"{_rows(outside)} {right}", outside, OUTSIDE))
         elif 2 * outside.sum() > (~none).sum():
             _log.warning(
                 "%s: most values lie outside the study's range [%g, %g]; check the unit", name, low, high
@@ -103,7 +107,7 @@ def _rows(wrong: NDArray[np.bool_]) -> str:
 
 def _numbers(
     cells: pd.Series[Any], markers: Sequence[Cell], decimal: str
-) -> tuple[NDArray[np.float64], list[str]]:
+) -> tuple[NDArray[np.float64], list[Fault]]:
     """Numbers, NaN for none, and which cells are neither a finite number nor missing."""
     if pd.api.types.is_numeric_dtype(cells.dtype):
         numbers = cells.to_numpy(np.float64, na_value=np.nan)
@@ -120,33 +124,38 @@ def _numbers(
     empty |= np.isin(numbers, [n for marker in markers if (n := _number(text_of(marker))) is not None])
     bad = ~empty & ~np.isfinite(numbers)
     right = "not a finite number; correct them, or say what they mean with codes or missing in the mapping"
-    return np.where(empty, np.nan, numbers), [f"{_rows(bad)} {right}"] if bad.any() else []
+    faults = [Fault(f"{_rows(bad)} {right}", bad, NO_NUMBER)] if bad.any() else []
+    return np.where(empty, np.nan, numbers), faults
 
 
 def _coded(
-    column: Column, cells: pd.Series[Any], codes: Mapping[str, Cell] | None, markers: Sequence[Cell]
-) -> tuple[NDArray[Any], list[str]]:
+    column: Column,
+    cells: pd.Series[Any],
+    codes: Mapping[str, Cell] | None,
+    markers: Sequence[Cell],
+    every: bool,
+) -> tuple[NDArray[Any], list[Fault]]:
     """The column by its distinct cells: as index of a value, as text, or as number by the mapping's codes."""
     try:
         row_of, uniques = pd.factorize(cells)
     except TypeError:
-        return np.full(len(cells), np.nan), ["holds lists or other nested cells; give it single values"]
+        return np.full(len(cells), np.nan), [
+            Fault("holds lists or other nested cells; give it single values")
+        ]
     known = _Lookup({value: i for i, value in enumerate(column.values)})
-    problems = _leading_nowhere(column, codes, known)
+    problems = [Fault(text) for text in _leading_nowhere(column, codes, known)]
     texts, uncoded = _canonical([text_of(value) for value in uniques], codes, markers)
     if uncoded[row_of].any():
-        problems.append(
-            f"{_rows(uncoded[row_of])} coded in a way that the mapping's codes do not list; add it there"
-        )
+        text = f"{_rows(uncoded[row_of])} coded in a way that the mapping's codes do not list; add it there"
+        problems.append(Fault(text, uncoded[row_of], NO_CODE))
     if column.text:
         return np.array([*texts, None], object)[row_of], problems
     found = [math.nan if t is None else known.find(t, -1.0) if column.values else _number(t) for t in texts]
     strange = np.array([*(f is None or (column.closed and f == -1) for f in found), False])
-    if not problems and strange[row_of].any():
+    if (every or not problems) and strange[row_of].any():
         right = f"one of {_some(column.values)}" if column.values else "a number"
-        problems.append(
-            f"{_rows(strange[row_of])} not a value that the study knows; by codes in the mapping: {right}"
-        )
+        text = f"{_rows(strange[row_of])} not a value that the study knows; by codes in the mapping: {right}"
+        problems.append(Fault(text, strange[row_of], NO_CODE))
     return np.array([*found, math.nan], np.float64)[row_of], problems
 
 

@@ -22,7 +22,8 @@ _log = logging.getLogger("consortium.agent")
 class RunStatus:
     """What the operator sees of a run.
 
-    state: waiting, training, working, sending, answered, declined, not taken, failed; why: where one of the last three.
+    state: waiting, training, working, sending, answered, declined, late, not taken, failed; why: where one of the last
+        four.
     at: since when, seconds since the epoch.
     """
 
@@ -83,7 +84,7 @@ class Hand:
             while len(self._runs) > MOST_NONCES:
                 self._runs.popitem(last=False)
         level = {"answered": logging.INFO, "declined": logging.INFO}.get(state, logging.DEBUG)
-        level = logging.WARNING if state in ("not taken", "failed") else level
+        level = logging.WARNING if state in ("late", "not taken", "failed") else level
         end = f": {why}" if why else ""
         _log.log(level, "run %s, %s of round %d: %s%s", about.run, about.kind, about.round, state, end)
 

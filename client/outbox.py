@@ -20,7 +20,7 @@ IDLE = 20.0
 TRY_AGAIN = {408, 425, 429}
 """Errors of HTTP below 500 that pass by themselves."""
 
-Outcome = Literal["taken", "refused", "expired"]
+Outcome = Literal["taken", "late", "refused", "expired"]
 
 _log = logging.getLogger("consortium.agent")
 
@@ -144,6 +144,8 @@ class Outbox:
             self._used = 0.0  # the server may not have read the whole body
             if error.status >= 500 or error.status in TRY_AGAIN:
                 return None
+            if error.status == 410 and str(error).startswith(wire.LATE):
+                return "late", str(error).removeprefix(wire.LATE)
             return "refused", f"{error.status}: {error}"
         except ConsortiumError as error:
             _log.debug("run %s: an answer is not sent yet: %s", letter.run, error)

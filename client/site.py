@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 import numpy as np
@@ -57,13 +57,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Rows:
-    """A site's examples, split."""
+    """A site's examples, split. note: what was skipped of them, in counts, for the site's answers."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
     test_inputs: torch.Tensor
     test_targets: torch.Tensor
     sums: Statistics
+    note: str = ""
 
 
 def held_out(examples: Examples, share: float, key: bytes) -> NDArray[np.bool_]:
@@ -93,16 +94,17 @@ def rows(task: Task, source: Source) -> Rows:
         InputError: naming the file, column or row that is wrong.
     """
     examples = source.table if isinstance(source.table, Examples) else task.data(source)
+    note = str(examples.skipped)
     test = held_out(examples, task.study.data.holdout, source.key)
     if not test.any() and not task.prepares:
         # nothing to split: the task's own arrays, perhaps mapped from a file
-        return Rows(examples.inputs, examples.targets, examples.inputs[:0], examples.targets[:0], {})
+        return Rows(examples.inputs, examples.targets, examples.inputs[:0], examples.targets[:0], {}, note)
     train, out = torch.from_numpy(np.flatnonzero(~test)), torch.from_numpy(np.flatnonzero(test))
     training = Examples(examples.inputs[train], examples.targets[train])
     sums = task.statistics(training) if task.prepares else {}
     share = min(1.0, task.study.cohort.max_weight / max(len(training.inputs), 1))  # a site counts for no more
     sums = {name: values * share for name, values in sums.items()} if share < 1 else sums
-    return Rows(training.inputs, training.targets, examples.inputs[out], examples.targets[out], sums)
+    return Rows(training.inputs, training.targets, examples.inputs[out], examples.targets[out], sums, note)
 
 
 @dataclass
@@ -123,11 +125,13 @@ class Site:
     schedule: Schedule = schedule
     memory: Memory = field(default_factory=Memory)
     _trainer: TorchTrainer | None = None
+    _note: str = ""
 
     def answer(self, instruction: Instruction) -> Answer:
         """Do what is asked; a site that cannot declines with its reason. Nothing of the answer is kept here."""
         try:
-            return self._answer(instruction)
+            answer = self._answer(instruction)
+            return replace(answer, reason=self._note) if self._note else answer
         except ConsortiumError as error:
             # The first line names the file and what is wrong; what follows may name the site's own columns, and the
             # mapping never leaves. The operator reads the whole in the site's log.
@@ -157,6 +161,7 @@ class Site:
         """The trainer, its rows preprocessed by the federation's sums, which never change within a run."""
         if self._trainer is None or (sums and self._trainer.preprocessed is False):
             data = self.load()
+            self._note = data.note
             step = self.task.preprocessing(sums) if sums else None
             self._trainer = _trainer(self.task, self.net, self.local, data, step, bool(sums))
         return self._trainer

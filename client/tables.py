@@ -5,6 +5,7 @@ Everything that is wrong with the columns is reported at once, and no message ho
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
@@ -23,10 +25,12 @@ from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from consortium.client.columns import Column, called, convert
 from consortium.client.mapping import SiteMapping, SourceMap, count, database, parse
+from consortium.client.skipping import CELLS, Fault, Skipped, counted, skippable
 from consortium.client.task import Source
 from consortium.protocol.errors import InputError, nearest
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 PARQUET = (".parquet", ".pq")
 _KINDS = f"{', '.join(CSV)} or {', '.join(PARQUET)}"
@@ -34,36 +38,64 @@ _KINDS = f"{', '.join(CSV)} or {', '.join(PARQUET)}"
 
 @dataclass(frozen=True)
 class _Table:
-    """A table not yet read: what it is called in errors, its columns' names, and what loads some of them."""
+    """A table not yet read: what it is called in errors, its columns' names, and what loads some of them.
+
+    malformed: numbers, from 0, of the rows that `load` skipped as they have more or fewer cells than the header.
+    """
 
     where: str
     names: Sequence[str]
     load: Callable[[Sequence[str]], pd.DataFrame]
+    malformed: Sequence[int] = ()
 
 
 def read(source: Source, columns: Sequence[Column]) -> pd.DataFrame:
-    """The site's table in these columns, in this order; rows as in the file.
+    """The site's table in these columns, in this order; rows as in the file. Raises as `read_some`."""
+    return read_some(source, columns, 0.0)[0]
+
+
+def read_some(source: Source, columns: Sequence[Column], tolerance: float) -> tuple[pd.DataFrame, Skipped]:
+    """The site's table in these columns, in this order, without the rows that cannot be read, at most the share
+    `tolerance` (0 to 1), and how many these are. Rows are as in the file; the index has their numbers there, from 0.
 
     Raises:
         InputError: the mapping is wrong; the file is missing, empty, unreadable or of an unknown kind; the database
             refuses; or every mistake in columns and cells.
     """
     mapping = parse(source.mapping, f"site '{source.site}', mapping")
-    table = _open(source, mapping)
-    problems = _absent(columns, mapping, table.names)
+    table = _open(source, mapping, lenient=tolerance > 0)
+    problems = [Fault(text) for text in _absent(columns, mapping, table.names)]
     present = [column for column in columns if list(table.names).count(mapping.local(column.name)) == 1]
     frame = table.load(list(dict.fromkeys(mapping.local(column.name) for column in present)))
     if present and not len(frame):
-        problems.append("the table has no rows")
+        problems.append(Fault("the table has no rows"))
     done = {}
     for column in present:
-        done[column.name], found = convert(column, frame[mapping.local(column.name)], mapping, table.where)
+        cells = frame[mapping.local(column.name)]
+        done[column.name], found = convert(column, cells, mapping, table.where, every=tolerance > 0)
         problems += found
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        right = "Correct the table, or the site's mapping (docs/data.md), and try again"
-        raise InputError(f"{table.where}: {count(len(problems), 'mistake')}\n{lines}\n{right}")
-    return pd.DataFrame(done)
+    rows, malformed = len(frame), len(table.malformed)
+    bad = skippable(problems, rows, tolerance, malformed)
+    if bad is None or (malformed and not present):
+        raise _refused(table.where, problems, tolerance, rows, malformed)
+    skipped = counted(problems, rows, {CELLS: malformed} if malformed else {})
+    if not skipped.count:
+        return pd.DataFrame(done), skipped
+    _log.warning("%s: %s", table.where, skipped)
+    numbers = np.setdiff1d(np.arange(rows + malformed), table.malformed)
+    return pd.DataFrame(done, index=numbers)[~bad], skipped
+
+
+def _refused(
+    where: str, problems: Sequence[Fault], tolerance: float, rows: int, malformed: int
+) -> InputError:
+    found = [problem.text for problem in problems]
+    if malformed:
+        found.insert(0, f"{malformed} of {count(rows + malformed, 'row')} are {CELLS}")
+    lines = "\n".join(f"  {problem}" for problem in found)
+    right = "Correct the table, or the site's mapping (docs/data.md), and try again"
+    most = f"; the study tolerates {tolerance:.2%} of the rows" if tolerance else ""
+    return InputError(f"{where}: {count(len(found), 'mistake')}{most}\n{lines}\n{right}")
 
 
 def names(source: Source) -> list[str]:
@@ -75,7 +107,8 @@ def names(source: Source) -> list[str]:
     return list(_open(source, parse(source.mapping, f"site '{source.site}', mapping")).names)
 
 
-def _open(source: Source, mapping: SiteMapping) -> _Table:
+def _open(source: Source, mapping: SiteMapping, *, lenient: bool = False) -> _Table:
+    """lenient: rows of a file that have more or fewer cells than its header are skipped."""
     where = f"site '{source.site}'"
     if source.table is not None:
         if not isinstance(source.table, pd.DataFrame):
@@ -92,10 +125,10 @@ def _open(source: Source, mapping: SiteMapping) -> _Table:
         return _sql(where, mapping.source)
     if source.path is None:
         raise InputError(f"{where}: has no data; give a file, or sql under [source] in its mapping")
-    return _file(f"{where}, {source.path}", source.path, mapping.source)
+    return _file(f"{where}, {source.path}", source.path, mapping.source, lenient)
 
 
-def _file(where: str, path: Path, how: SourceMap) -> _Table:
+def _file(where: str, path: Path, how: SourceMap, lenient: bool) -> _Table:
     if not path.is_file():
         raise InputError(f"{where}: there is no such file; give the path of a {_KINDS} file")
     kind = path.name.lower()
@@ -103,7 +136,7 @@ def _file(where: str, path: Path, how: SourceMap) -> _Table:
         raise InputError(f"{where}: this kind of file is not known; give a {_KINDS} file")
     if path.stat().st_size == 0:
         raise InputError(f"{where}: the file is empty; give one with names of columns and rows")
-    return _parquet(where, path) if kind.endswith(PARQUET) else _csv(where, path, how)
+    return _parquet(where, path) if kind.endswith(PARQUET) else _csv(where, path, how, lenient)
 
 
 def _parquet(where: str, path: Path) -> _Table:
@@ -116,12 +149,20 @@ def _parquet(where: str, path: Path) -> _Table:
     return _Table(where, names, load)
 
 
-def _csv(where: str, path: Path, how: SourceMap) -> _Table:
+def _csv(where: str, path: Path, how: SourceMap, lenient: bool) -> _Table:
+    malformed: list[int] = []
+
+    def skip(row: Any) -> str:
+        malformed.append(row.number - 2)  # the header is its row 1
+        return "skip"
+
     separator = how.separator or ("\t" if ".tsv" in path.name.lower() else ",")
     options = {
         # One thread, as only then a wrong row is known by its number.
         "read_options": pa.csv.ReadOptions(encoding=how.encoding, use_threads=False),
-        "parse_options": pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+        "parse_options": pa.csv.ParseOptions(
+            delimiter=separator, newlines_in_values=True, invalid_row_handler=skip if lenient else None
+        ),
     }
 
     def header() -> list[str]:
@@ -129,6 +170,7 @@ def _csv(where: str, path: Path, how: SourceMap) -> _Table:
             return list(reader.schema.names)
 
     def load(some: Sequence[str]) -> pd.DataFrame:
+        malformed.clear()  # what the header's reader found, which reads a block
         # All cells are read as text: guessing types would turn the code 007 into 7.
         convert_options = pa.csv.ConvertOptions(
             include_columns=list(some), column_types=dict.fromkeys(some, pa.string())
@@ -148,7 +190,7 @@ def _csv(where: str, path: Path, how: SourceMap) -> _Table:
         raise InputError(
             f"{where}: the header is one long name; set separator under [source] in the site's mapping"
         )
-    return _Table(where, names, load)
+    return _Table(where, names, load, malformed)
 
 
 def _beginning(path: Path) -> bytes:

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consortium.client.skipping import Skipped
 from consortium.protocol.code import load
 from consortium.protocol.errors import InputError
 from consortium.protocol.messages import Statistics
@@ -60,12 +61,14 @@ class Examples:
     inputs: (n, ...), a float tensor. targets: (n, ...).
     ids: one per row, the person's or row's identity, by which rows are held out together; None: the row's number.
     test: (n,) True for held-out rows; None: the study's holdout decides by keyed id.
+    skipped: records that could not be read, where the study tolerates some.
     """
 
     inputs: Tensor
     targets: Tensor
     ids: NDArray[Any] | None = None
     test: NDArray[np.bool_] | None = None
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 class Task(ABC):

@@ -86,8 +86,13 @@ Feature = Annotated[Numeric | Categorical, BeforeValidator(_feature)]
 
 
 class Data(Section):
-    """[data], what every task has: a share held out for evaluation, or a column that says `train` or `test`."""
+    """[data], what every task has: a share held out for evaluation, or a column that says `train` or `test`.
 
+    tolerance: the share of a site's records that may be unreadable; they are skipped and counted. Beyond it, and where
+        it is 0, the site declines.
+    """
+
+    tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.2
     split: str | None = None
 

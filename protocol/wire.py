@@ -44,6 +44,8 @@ NOTICE = "consortium-notice"
 """A header of the server's answers to polls: words "renew", "trust=SERIAL" and `RUNS`, separated by spaces."""
 RUNS = "runs"
 """The word of the notice where the body is a statement of endings."""
+LATE = "late: "
+"""How the reason of a 410 begins where the server knows the answer, and noted that it came too late."""
 
 _MAGIC = b"CSM1"
 PREAMBLE = len(_MAGIC) + 4 + SIGNATURE_BYTES

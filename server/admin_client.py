@@ -17,14 +17,13 @@ from urllib.parse import quote, urlsplit
 
 from consortium.protocol.connection import Connection, StatusError, UnreachableError, proxy_for, trusting
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
+from consortium.server.states import OVER
 
 TIMEOUT = 60.0
 AWAY = 600.0
 """Seconds that a server may be away from somebody who watches a run."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 10.0
 """Seconds between two tries to reach it, doubled each time."""
-OVER = ("finished", "finished early", "failed", "stopped")
-"""States of a run that do not change any more."""
 
 
 class Admin:
@@ -51,16 +50,20 @@ class Admin:
         study: str,
         say: Callable[[str], None] | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        *,
+        look: float | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Answers of the events route, one after the other, from the first event until the run is over.
 
         say: gets a line when the server is away (it restarts, or the network is cut), and one when it is back; it is
         waited for, `AWAY` seconds at most, and the events go on after the last that came. Without `say`, nobody waits.
+        look: seconds for which the route may wait for news; None: as long as it likes.
         """
         after, known, waited, wait = 0, False, 0.0, 0.0
+        bound = "" if look is None else f"&wait={look:g}"
         while True:
             try:
-                found = self.get(f"/v1/studies/{name_in_path(study)}/events?after={after}")
+                found = self.get(f"/v1/studies/{name_in_path(study)}/events?after={after}{bound}")
             except (InputError, RefusedError, IntegrityError):
                 raise
             except ConsortiumError as error:

@@ -139,7 +139,10 @@ class AdminDoor:
         after = request.query.get("after", "0")
         if not after.isdecimal() or len(after) > 15:
             raise InputError("after: the number of an event would be right")
-        return self._runs.events(name, int(after), WATCH_SECONDS)
+        wait = request.query.get("wait", "")
+        if wait and (not wait.isdecimal() or len(wait) > 3):
+            raise InputError("wait: a whole number of seconds would be right")
+        return self._runs.events(name, int(after), min(float(wait), WATCH_SECONDS) if wait else WATCH_SECONDS)
 
     def _tell(self, action: Callable[[str], None], name: str) -> dict[str, Any]:
         action(name)

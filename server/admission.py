@@ -57,11 +57,13 @@ class Gate:
         """Why `answer` is not an answer to this instruction; empty where it is one."""
         asked = self.instruction
         if answer.run != asked.run:
-            return f"answers another run ({_clip(answer.run)})"
+            return f"answers another run ({clip(answer.run)})"
         if (answer.round, answer.attempt) != (asked.round, asked.attempt):
-            return f"late: answers round {_clip(str(answer.round), 20)}, attempt {_clip(str(answer.attempt), 20)}"
+            return (
+                f"late: answers round {clip(str(answer.round), 20)}, attempt {clip(str(answer.attempt), 20)}"
+            )
         if answer.kind != asked.kind or answer.model != asked.model:
-            return f"answers another question ({answer.kind}, model {_clip(answer.model)})"
+            return f"answers another question ({answer.kind}, model {clip(answer.model)})"
         # Not a secret between these two, so plain comparison: a wrong nonce only loses the sender its own answer.
         if answer.nonce != asked.nonce_for(answer.site):
             return "does not carry the nonce that this site was given"
@@ -70,7 +72,7 @@ class Gate:
     def content(self, answer: Answer) -> Admitted | str:
         """The verdict on what `answer` holds, once it is known to answer this instruction."""
         if answer.status == "declined":
-            return f"declined: {_clip(answer.reason) or 'no reason given'}"
+            return f"declined: {clip(answer.reason) or 'no reason given'}"
         wrong = self._metrics(answer) or self._statistics(answer)
         if wrong:
             return wrong
@@ -87,15 +89,15 @@ class Gate:
             return f"sends {len(answer.metrics)} metrics; at most {_MOST_METRICS} are kept"
         for name, counts in answer.metrics.items():
             if _METRIC.fullmatch(name) is None:
-                return f"metric '{_clip(name)}' has no name of at most 64 letters and digits"
+                return f"metric '{clip(name)}' has no name of at most 64 letters and digits"
             if not np.isfinite(counts).all():
-                return f"metric '{_clip(name)}' is not finite"
+                return f"metric '{clip(name)}' is not finite"
             wrong = problem(name, counts)
             if wrong:
-                return f"metric '{_clip(name)}' {wrong}"
+                return f"metric '{clip(name)}' {wrong}"
             if examples(name, counts) > self.max_weight:
                 return (
-                    f"metric '{_clip(name)}' counts more examples than cohort.max_weight, {self.max_weight:g}"
+                    f"metric '{clip(name)}' counts more examples than cohort.max_weight, {self.max_weight:g}"
                 )
         return ""
 
@@ -103,9 +105,9 @@ class Gate:
         """Statistics are sums of numbers between -1 and 1, at most one a row (`Task.statistics`)."""
         for name, values in answer.payload.statistics.items():
             if not np.isfinite(values).all():
-                return f"statistic '{_clip(name)}' is not finite"
+                return f"statistic '{clip(name)}' is not finite"
             if np.abs(values).max(initial=0.0) > self.max_weight * (1 + 1e-9):
-                return f"statistic '{_clip(name)}' counts more than cohort.max_weight, {self.max_weight:g}"
+                return f"statistic '{clip(name)}' counts more than cohort.max_weight, {self.max_weight:g}"
         return ""
 
     def _update(self, answer: Answer) -> Admitted | str:
@@ -133,7 +135,7 @@ class Gate:
 def shape_problem(vectors: Mapping[str, Vector], wanted: Mapping[str, Segment]) -> str:
     """Why `vectors` do not have the wanted segments' names, dtypes and sizes; empty where they do."""
     if set(vectors) != set(wanted):
-        return f"sends the vectors {_clip(str(sorted(vectors)))}, {sorted(wanted)} were asked for"
+        return f"sends the vectors {clip(str(sorted(vectors)))}, {sorted(wanted)} were asked for"
     for kind, segment in wanted.items():
         vector = vectors[kind]
         if vector.dtype != segment.numpy_dtype:
@@ -164,6 +166,6 @@ def norm(vector: Vector) -> float:
     return math.sqrt(total) if total == total else math.nan
 
 
-def _clip(text: str, longest: int = 200) -> str:
+def clip(text: str, longest: int = 200) -> str:
     """What a peer wrote, short and on one line, for logs and people."""
     return "".join(c if c.isprintable() else "?" for c in text[:longest])

@@ -8,6 +8,7 @@ any moment the row's file is there, whole; files that no row names are removed w
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import stat
@@ -24,13 +25,10 @@ from consortium.protocol.errors import ConsortiumError, InputError, IntegrityErr
 from consortium.protocol.files import private_folder
 from consortium.protocol.sealed import DataKey, new_data_key
 from consortium.protocol.study import Study
+from consortium.server.states import OVER, PROPOSED, STATES
 from consortium.server.store import Store
 
-PROPOSED, WAITING, RUNNING, PAUSED = "proposed", "waiting for sites", "running", "paused"
-FINISHED, EARLY, FAILED, STOPPED = "finished", "finished early", "failed", "stopped"
-STATES = (PROPOSED, WAITING, RUNNING, PAUSED, FINISHED, EARLY, FAILED, STOPPED)
-OVER = (FINISHED, EARLY, FAILED, STOPPED)
-"""States in which nothing of a run is under way."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -193,6 +191,7 @@ class Archive:
                 (state, now, state, why, run),
             )
             _add(db, run, now, {"kind": "state", "state": state, "why": why})
+        _log.info("run %s: %s%s", run, state, f": {why}" if why else "")
         self._tell()
 
     # Commits
@@ -285,6 +284,12 @@ class Archive:
             ) from error
 
     # Events
+
+    def note(self, run: str, event: Mapping[str, Any]) -> None:
+        """Keep an event of a run that goes with no commit."""
+        with self._store.transaction() as db:
+            _add(db, run, self._clock(), event)
+        self._tell()
 
     def events(self, run: str, after: int = 0, limit: int = 1000) -> list[dict[str, Any]]:
         """Events of a run with a number above `after`, in order, each with `id` and `at`, at most `limit`."""

@@ -244,6 +244,7 @@ def _round_document(one: Round) -> dict[str, Any]:
         "void": one.void,
         "unseen": one.unseen,
         "aside": dict(one.aside),
+        "notes": dict(one.notes),
     }
 
 
@@ -259,6 +260,7 @@ def _round(document: Mapping[str, Any]) -> Round:
         void=document["void"],
         unseen=document.get("unseen", 0),
         aside=document.get("aside", {}),
+        notes=document.get("notes", {}),
     )
 
 

@@ -47,6 +47,7 @@ class Child:
         private_folder(self._scratch)
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._said = os.fstat(log).st_size  # what stands there is of processes before it
         try:
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno())],
@@ -105,18 +106,24 @@ class Child:
         self.connection.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
+    @property
+    def killed(self) -> bool:
+        """Whether it was ended by a signal."""
+        code = self._process.returncode
+        return code is not None and code < 0
+
     def death(self) -> str:
         """How it ended, with the last line of its log."""
         code = self._process.returncode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        lines = _tail(self._log).strip().splitlines()
+        lines = _tail(self._log, self._said).strip().splitlines()
         said = "".join(c if c.isprintable() else "?" for c in lines[-1][:300]) if lines else ""
         return f"its process {how}" + (f": {said}" if said else "")
 
 
-def _tail(path: Path, length: int = 4096) -> str:
+def _tail(path: Path, start: int, length: int = 4096) -> str:
     with suppress(OSError), path.open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - length))
+        file.seek(max(start, os.fstat(file.fileno()).st_size - length))
         return file.read(length).decode(errors="replace")
     return ""
 

@@ -22,10 +22,13 @@ from consortium.protocol.local import ClosedError
 from consortium.protocol.messages import parse
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
-from consortium.server.archive import EARLY, FAILED, FINISHED, Archive
+from consortium.server.archive import Archive
 from consortium.server.child import Child
-from consortium.server.exchange import SLACK, Received, Spooled
+from consortium.server.offers import SLACK, Received, Spooled
+from consortium.server.states import EARLY, FAILED, FINISHED
 
+MOST_NAMES = 20
+"""Sites that a reason names."""
 LATENESS = 60.0
 """Seconds that an instruction may be valid beyond the study's deadline."""
 
@@ -42,6 +45,7 @@ class Exchange(Protocol):
     spool: Path
 
     def connected(self) -> list[str]: ...
+    def away(self) -> dict[str, str]: ...
     def ask(
         self,
         run: str,
@@ -52,6 +56,7 @@ class Exchange(Protocol):
     ) -> dict[str, str]: ...
     def answers(self, run: str, seconds: float) -> Received | None: ...
     def withdraw(self, run: str) -> None: ...
+    def close(self, run: str) -> None: ...
     def wait_more(self, known: set[str], seconds: float) -> bool: ...
     def rouse(self) -> None: ...
 
@@ -61,6 +66,7 @@ class Stage(Protocol):
 
     def hold(self, child: Child) -> None: ...
     def until(self, child: Child, missing: Missing, seconds: float = math.inf) -> None: ...
+    def committed(self, void: str) -> None: ...
     def end(self, state: str, why: str) -> None: ...
 
 
@@ -153,11 +159,16 @@ class Conversation:
             raise self._wrong(f"would commit round and attempt {at} after {(done, void)}")
         if len(files) != 1:
             raise self._wrong(f"would commit {len(files)} files where one is right")
+        self._exchange.close(self._run)
         sha256, events = wire.field(document, "sha256", str), wire.field(document, "events", list)
         if any(not isinstance(e, dict) or e.get("kind") not in ("round", "evaluation") for e in events):
             raise self._wrong("reports what is neither round nor evaluation")
         self._archive.commit(self._run, *at, files[0], sha256, events)
         self.commits += 1
+        for event in events:
+            if event["kind"] == "round":
+                where = f"round {at[0] + 1}, attempt {at[1]}: " if event.get("void") else ""
+                self._stage.committed(f"{where}{event.get('void', '')}")
         return {}, None
 
     def _at(self) -> tuple[int, int]:
@@ -285,7 +296,10 @@ class Conversation:
         if named and not absent and not self._too_few(present):
             # Who was silent or away may do better now. Who answered, but without use, will do so again.
             return {"more": bool(named - self._answered)}, None
-        who = f"waits for {', '.join(sorted(absent))}" if absent else "waits for one more site"
+        away = self._exchange.away()
+        who = "waits for one more site"
+        if absent:
+            who = "waits for " + ", ".join(f"{site} ({away.get(site, 'away')})" for site in sorted(absent))
 
         def missing(known: set[str]) -> str:
             return self._too_few(known) or ("" if known - present else who)
@@ -299,4 +313,6 @@ class Conversation:
         if len(known) >= need:
             return ""
         names = f" ({', '.join(sorted(known))})" if known else ""
-        return f"{len(known)} of at least {need} sites are connected{names}"
+        away = [f"{site} ({how})" for site, how in self._exchange.away().items()][:MOST_NAMES]
+        missing = f"; away: {', '.join(away)}" if away else ""
+        return f"{len(known)} of at least {need} sites are connected{names}{missing}"

@@ -31,6 +31,8 @@ from consortium.strategies.base import BlockSum, Contribution
 
 ATTEMPTS = 3
 """Void attempts at one round before the run waits for sites."""
+MOST_NAMES = 10
+"""Sites that a reason names."""
 LONGEST_REST = 60.0
 """Seconds between two attempts, at most; the first two are a second apart, and each pause is twice the one before."""
 
@@ -262,6 +264,7 @@ def _record(state: RunState, ballot: Ballot, number: int, void: str, digest: str
         seconds,
         void,
         aside=ballot.aside,
+        notes=ballot.notes,
     )
 
 
@@ -272,8 +275,15 @@ def _tell(report: Report, before: RunState, state: RunState) -> None:
         report(record)
 
 
+def _unfinished(state: RunState) -> str:
+    """Why the rounds ended before the last, with the sites that did not answer, or not so that it counts."""
+    last = state.rounds[-1]
+    named = [f"{site}: {why}" for site, why in last.left_out.items()][:MOST_NAMES]
+    return "; ".join([f"round {state.round + 1}: {last.void}", *named])
+
+
 def _outcome(plan: Plan, state: RunState) -> Outcome:
-    why = "" if state.round == plan.study.rounds else f"round {state.round + 1}: {state.rounds[-1].void}"
+    why = "" if state.round == plan.study.rounds else _unfinished(state)
     if state.round == 0:
         return Outcome("failed", why, state.model, state.digest, None, state)
     model, digest = state.model, state.digest

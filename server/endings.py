@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from consortium.protocol.endings import FAILED as MAY_GO_ON
 from consortium.protocol.endings import OVER as FOR_GOOD
-from consortium.server.archive import FAILED, OVER, Archive
+from consortium.server.archive import Archive
+from consortium.server.states import FAILED, OVER
 
 
 def word(archive: Archive, run: str) -> str:

@@ -5,6 +5,9 @@ spooled to a file and handed to the run (`taken`, `answers`). An offer stays unt
 ends, so a connection that breaks, or a site that starts anew, costs nothing but time. All of it is in memory: after a
 restart of the server a run asks again.
 
+What a site did not answer before the round was closed is remembered for a while, so that its answer, when it comes, is
+known to be late: it is noted and never counted, and the site is told.
+
 A site is at hand while a poll of its is open, and for a moment after one, or after an answer: after a cut its answer
 may be here before its next poll.
 """
@@ -16,75 +19,20 @@ import os
 import queue
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from consortium.protocol.files import working_file
 from consortium.protocol.messages import Header, parse
-from consortium.protocol.sealed import DataKey, Sealed
-from consortium.protocol.wire import CHUNK
+from consortium.protocol.sealed import DataKey
+from consortium.server.offers import Closed, Offer, Received, Spooled
 
 GRACE = 10.0
 """Seconds between two polls in which a site still counts as at hand."""
-SLACK = 1.05
-"""How much larger than one travelling vector an answer's content may be, beside 1 MiB for its counts."""
-
-
-class Spooled:
-    """A file without a name, on disk: nothing is left of it when nobody refers to it any more.
-
-    fd: its descriptor; whoever hands it on duplicates it. key: what it is encrypted under, None where it is not.
-    """
-
-    def __init__(self, fd: int, key: DataKey | None = None) -> None:
-        self.fd, self._key = fd, key
-        self._closed = weakref.finalize(self, os.close, fd)
-
-    @classmethod
-    def new(cls, folder: Path, size: int = 0) -> Spooled:
-        """An empty one for `size` bytes: in memory where they are few, else on the disk of `folder`."""
-        return cls(working_file(folder, size))
-
-    def pieces(self, length: int) -> Iterator[bytes | memoryview]:
-        """The first `length` bytes of the content; a piece is overwritten by the next.
-
-        Raises:
-            IntegrityError: the file is damaged.
-        """
-        if self._key is not None:
-            yield from Sealed(self.fd, self._key, "the content of an instruction").pieces(0, length)
-            return
-        place = 0
-        while place < length and (piece := os.pread(self.fd, min(CHUNK, length - place), place)):
-            yield piece
-            place += len(piece)
-
-
-@dataclass(frozen=True)
-class Offer:
-    """One instruction for one site, signed. content: None where it has none; length: its bytes."""
-
-    run: str
-    site: str
-    nonce: str
-    header: bytes
-    signature: bytes
-    content: Spooled | None
-    length: int
-    largest: int
-
-
-@dataclass(frozen=True)
-class Received:
-    """An answer that came, or why a site's cannot be used. content: a file, None where the answer has none."""
-
-    site: str
-    header: bytes = b""
-    content: Spooled | None = None
-    reason: str = ""
+MOST_CLOSED = 4096
+"""Closed offers that are remembered."""
 
 
 @dataclass
@@ -121,7 +69,7 @@ class Exchange:
     """For any number of threads.
 
     sign: gives the signature of an instruction's header. spool: a folder on the disk that answers are written to.
-    member: whether a site belongs to the federation now.
+    member: whether a site belongs to the federation now. members: the names of all that do.
     """
 
     def __init__(
@@ -130,12 +78,16 @@ class Exchange:
         spool: Path,
         member: Callable[[str], bool],
         clock: Callable[[], float] = time.time,
+        members: Callable[[], Iterable[str]] = tuple,
     ) -> None:
+        self._members = members
         self._sign, self.spool, self._member, self._clock = sign, spool, member, clock
         self._lock = threading.RLock()
         self._moved = threading.Condition(self._lock)
         self._sites: dict[str, _Presence] = {}
         self._asked: dict[str, _Asked] = {}
+        self._closed: OrderedDict[str, Closed] = OrderedDict()
+        self._late: set[str] = set()
 
     # What the site door calls
 
@@ -212,6 +164,16 @@ class Exchange:
             asked.came.put(received)
             return True
 
+    def late(self, site: str, nonce: str) -> tuple[Closed, bool] | None:
+        """The closed offer of that nonce to that site, and whether this is the first answer to it; None for no such."""
+        with self._lock:
+            closed = self._closed.get(nonce)
+            if closed is None or closed.site != site:
+                return None
+            first = nonce not in self._late
+            self._late.add(nonce)
+            return closed, first
+
     def drop(self, site: str, reason: str) -> None:
         """Take back all that is asked of a site: it does not belong to the federation any more."""
         with self._lock:
@@ -231,6 +193,12 @@ class Exchange:
                 for name, one in self._sites.items()
                 if self._at_hand(one) and not one.paused and self._member(name)
             )
+
+    def away(self) -> dict[str, str]:
+        """Members that cannot be asked now, by name, and since when or why."""
+        here = set(self.connected())
+        with self._lock:
+            return {name: _how(self._sites.get(name)) for name in self._members() if name not in here}
 
     def presence(self, site: str) -> Presence:
         """How a site stands."""
@@ -279,13 +247,29 @@ class Exchange:
         try:
             received = asked.came.get(timeout=max(0.0, seconds))
         except queue.Empty:
-            return None
+            self.close(run)
+            with self._lock:  # one may have come at the last moment
+                received = asked.came.get_nowait() if not asked.came.empty() else None
         asked.handed += received is not None
         return received
+
+    def close(self, run: str) -> None:
+        """What a run asked and was not answered is late from now on."""
+        with self._lock:
+            asked = self._asked.get(run)
+            for offer in asked.waiting.values() if asked is not None else ():
+                fields = parse(offer.header).fields
+                place = int(fields["round"]), int(fields["attempt"])
+                self._closed[offer.nonce] = Closed(run, offer.site, str(fields["kind"]), *place)
+            if asked is not None:
+                asked.waiting.clear()
+            while len(self._closed) > MOST_CLOSED:
+                self._late.discard(self._closed.popitem(last=False)[0])
 
     def withdraw(self, run: str) -> None:
         """Take back what a run asked; whoever waits for its answers stops."""
         with self._lock:
+            self.close(run)
             asked = self._asked.pop(run, None)
             if asked is not None:
                 asked.came.put(None)
@@ -308,3 +292,11 @@ class Exchange:
         one = self._sites.get(site)
         for wake in one.wakes if one is not None else ():
             os.eventfd_write(wake, 1)
+
+
+def _how(one: _Presence | None) -> str:
+    """Why a site that is not at hand is not."""
+    if one is None or not one.since:
+        return "not connected"
+    since = time.strftime("%Y-%m-%d %H:%M", time.gmtime(one.since))
+    return f"{'paused' if one.paused and one.wakes else 'not connected'} since {since} UTC"

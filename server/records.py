@@ -61,6 +61,7 @@ class Round:
     left_out: reasons by site.
     unseen: of SCAFFOLD alone, else 0: sites at hand that had never counted before.
     aside: by site, why it was not asked though it was at hand.
+    notes: by site, what it said beside an answer that counted, such as how many records it skipped.
     void: why the model did not move; empty where it did.
     model: digest of the model after it.
     seconds: from select to commit.
@@ -76,6 +77,7 @@ class Round:
     void: str = ""
     unseen: int = 0
     aside: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,10 @@ class Roster:
         row = self._store.row("SELECT identity FROM sites WHERE name = ? AND status = 'joined'", site)
         return str(row["identity"]) if row else ""
 
+    def joined(self) -> list[str]:
+        """Names of the sites that belong to the federation, sorted."""
+        return [str(row["name"]) for row in self._joined()]
+
     def sites(self) -> list[dict[str, Any]]:
         """All sites in name order: name, status, identity, since, certificate_expires (None where it has none)."""
         rows = self._store.rows(

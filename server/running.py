@@ -19,14 +19,18 @@ from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedE
 from consortium.protocol.files import private_folder, write_private
 from consortium.protocol.local import ClosedError
 from consortium.protocol.study import Study
-from consortium.server.archive import FAILED, PAUSED, RUNNING, STOPPED, WAITING, Archive, Run
+from consortium.server.archive import Archive, Run
 from consortium.server.child import COMMAND, Child
 from consortium.server.conversation import Conversation, Exchange, Missing, Seal
+from consortium.server.states import FAILED, PAUSED, RUNNING, STOPPED, VOIDED, WAITING
 
 BUNDLE = "study.fab"
 """The file of a run's folder with its study."""
 RESTARTS = 3
-"""How often in a row a process is started again without having committed anything."""
+"""How often in a row a process is started again that ended by itself without having committed anything."""
+PAUSES = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+"""Seconds before one is started again that was killed, by how often in a row; after the last the run fails. What passes
+by itself (memory that others need for a while) must not cost a run."""
 LOOK_EVERY = 0.5
 """Seconds between two looks, while a run waits for sites, at whether it is to stop."""
 _LEAVING = 10.0
@@ -63,7 +67,7 @@ class Running:
         self._command = command
         self._changed = threading.Condition()
         self._paused = run.state == PAUSED
-        self._halted = self._ended = False
+        self._halted = self._ended = self._troubled = False
         self._child: Child | None = None
         self._thread = threading.Thread(target=self._main, name=f"run {run.name}", daemon=True)
 
@@ -171,12 +175,23 @@ class Running:
                 if self._halted:
                     raise _Halted
             deaths = 1 if talk.commits else deaths + 1
-            _log.warning("run %s: %s", self._name, child.death())
-            if deaths > RESTARTS:
+            how = child.death()
+            _log.warning("run %s: %s", self._name, how)
+            if deaths > (len(PAUSES) if child.killed else RESTARTS):
                 again = f"consortium study resume {self._run.study}"
                 raise ConsortiumError(
-                    f"{child.death()}; it died {deaths} times without a commit. Correct that, then: {again}"
+                    f"{how}; it died {deaths} times without a commit. Correct that, then: {again}"
                 )
+            self._rest(PAUSES[deaths - 1], f"{how}; it is started again")
+
+    def _rest(self, seconds: float, why: str) -> None:
+        """Wait before the process is started again, unless the run is to stop."""
+        if seconds:
+            self._move(RUNNING, why)
+            self._troubled = True
+        with self._changed:
+            if self._changed.wait_for(lambda: self._halted, seconds):
+                raise _Halted
 
     def _study(self) -> Study:
         content = self._archive.bundle_of(self._run.digest)
@@ -244,6 +259,12 @@ class Running:
         if child is not None and child.ended.is_set():
             raise ClosedError("the run's process has ended")
 
+    def committed(self, void: str) -> None:
+        """An attempt at a round is over. void: why it moved nothing, empty where it did."""
+        if void or self._troubled:
+            self._move(VOIDED if void else RUNNING, void)
+        self._troubled = bool(void)
+
     def _move(self, state: str, why: str = "") -> None:
         with self._changed:
             if not (self._paused or self._ended or self._halted):
@@ -256,4 +277,3 @@ class Running:
                 self._archive.move(self._name, state, why)
                 self._ended = True
         self._exchange.rouse()
-        _log.info("run %s: %s%s", self._name, state, f": {why}" if why else "")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,40 +16,19 @@ from typing import Any
 from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
 from consortium.protocol.files import private_folder
 from consortium.protocol.study import Study
-from consortium.server.archive import FAILED, OVER, PROPOSED, Archive, Run
+from consortium.server.archive import Archive, Run
 from consortium.server.child import COMMAND
-from consortium.server.conversation import Exchange, Seal
+from consortium.server.conversation import Seal
 from consortium.server.endings import resumable
+from consortium.server.exchange import Exchange
+from consortium.server.history import History
 from consortium.server.run_process import MODEL
 from consortium.server.running import Running
+from consortium.server.states import FAILED, OVER, PROPOSED
 
 MOST_EVENTS = 1000
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Standing:
-    """What a run's events add up to, up to the event `last`.
-
-    rounds, errors: by site, the last round in which it counted, and why it was left out since then.
-    """
-
-    last: int = 0
-    rounds: dict[str, int] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-    evaluation: dict[str, Any] | None = None
-
-    def add(self, event: dict[str, Any]) -> None:
-        self.last = event["id"]
-        if event["kind"] == "evaluation":
-            self.evaluation = event
-        elif event["kind"] == "round":
-            self.errors.update(event["left_out"])
-            for site in event["admitted"]:
-                self.errors.pop(site, None)
-                if not event["void"]:
-                    self.rounds[site] = event["round"]
 
 
 class Runs:
@@ -74,7 +52,7 @@ class Runs:
         self._command = command
         self._lock = threading.RLock()
         self._running: dict[str, Running] = {}
-        self._standings: dict[str, _Standing] = {}
+        self._histories: dict[str, History] = {}
         self._closed = False
 
     def take_up(self) -> None:
@@ -223,14 +201,14 @@ class Runs:
                     }
                     return {**about, "since": one["submitted"], **nothing}
             raise InputError(f"there is no study or run '{name[:80]}'; see: consortium study list")
-        standing = self._standing(run.name)
+        history = self._history(run.name)
         sites = {
-            site: {"last_round": standing.rounds.get(site, 0), "last_error": standing.errors.get(site)}
-            for site in sorted({*standing.rounds, *standing.errors})
+            site: history.site(site, self._site_state(run, site))
+            for site in sorted(self._sites(run, history))
         }
         folder = self._folder / run.name
         model = str(folder / MODEL) if (folder / MODEL).is_dir() else None
-        evaluation = _result(folder).get("evaluation") or standing.evaluation
+        evaluation = _result(folder).get("evaluation") or history.evaluation
         return {**self._about(run), "sites": sites, "evaluation": evaluation, "model": model}
 
     def events(self, name: str, after: int, seconds: float) -> dict[str, Any]:
@@ -254,9 +232,9 @@ class Runs:
     def last_error(self, site: str) -> str | None:
         """Why a site was left out last, in the newest run in which it was asked; None where it counted since then."""
         for run in self._archive.runs()[:20]:
-            standing = self._standing(run.name)
-            if site in standing.errors or site in standing.rounds:
-                return standing.errors.get(site)
+            history = self._history(run.name)
+            if site in history.errors or site in history.rounds:
+                return history.errors.get(site)
         return None
 
     def _about(self, run: Run) -> dict[str, Any]:
@@ -272,13 +250,30 @@ class Runs:
             "rounds": _rounds(run.text),
         }
 
-    def _standing(self, name: str) -> _Standing:
+    def _sites(self, run: Run, history: History) -> set[str]:
+        """Those that had a part in a run, and, while it is under way, all that belong to the federation."""
+        if run.state in OVER:
+            return history.sites
+        return {*history.sites, *self._exchange.connected(), *self._exchange.away()}
+
+    def _site_state(self, run: Run, site: str) -> str:
+        """How a site stands in a run: over, working, ready (it answered, or was not asked), paused, not connected."""
+        if run.state in OVER:
+            return "over"
+        presence = self._exchange.presence(site)
+        if not presence.connected:
+            return "not connected"
+        if presence.paused:
+            return "paused"
+        return "working" if run.name in self._exchange.open_for(site) else "ready"
+
+    def _history(self, name: str) -> History:
         with self._lock:
-            standing = self._standings.setdefault(name, _Standing())
-            while found := self._archive.events(name, standing.last, MOST_EVENTS):
+            history = self._histories.setdefault(name, History())
+            while found := self._archive.events(name, history.last, MOST_EVENTS):
                 for event in found:
-                    standing.add(event)
-            return standing
+                    history.add(event)
+            return history
 
 
 @lru_cache(256)

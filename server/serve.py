@@ -55,7 +55,7 @@ class Server:
         self.archive = Archive(self.store, folder / CHECKPOINTS, key=federation.data_key())
         spool = folder / "spool"
         spool.mkdir(mode=0o700, exist_ok=True)
-        self.exchange = Exchange(self._sign, spool, self.roster.is_member)
+        self.exchange = Exchange(self._sign, spool, self.roster.is_member, members=self.roster.joined)
         self.runs = Runs(self.archive, self.exchange, folder, federation.config.name, seal=federation.seal)
         config = federation.config
         site_door = SiteDoor(federation, self.roster, self.archive, self.exchange)

@@ -23,9 +23,10 @@ from consortium.protocol.signing import ANSWER, public_key, verify
 from consortium.protocol.wire import CHUNK
 from consortium.server.archive import Archive
 from consortium.server.endings import news as endings_of
-from consortium.server.exchange import Exchange, Offer, Received, Spooled
+from consortium.server.exchange import Exchange
 from consortium.server.federation import Federation
 from consortium.server.listener import PeerGone, Request, Response, error_response, json_response
+from consortium.server.offers import Offer, Received, Spooled
 from consortium.server.roster import Roster
 
 MOST_NONCES = 64
@@ -116,7 +117,7 @@ class SiteDoor:
             )
         offer = self._exchange.asked(site, nonce)
         if offer is None:
-            return error_response(410, "is not asked, or not any more")
+            return self._late(site, nonce, header, signature)
         try:
             about = self._checked(header, signature, offer)
             if request.left != about.length:  # it may still be sent as a whole
@@ -127,8 +128,26 @@ class SiteDoor:
             self._exchange.taken(offer, Received(site, header, reason=str(error)))
             return error_response(400, str(error))
         if not self._exchange.taken(offer, Received(site, header, content)):
-            return error_response(410, "is not asked any more")
+            return self._late(site, nonce, header, signature)
         return json_response({"taken": True})
+
+    def _late(self, site: str, nonce: str, header: bytes, signature: bytes) -> Response:
+        """An answer that is not asked for now: noted where it is the site's own to a closed round."""
+        found = self._exchange.late(site, nonce)
+        if found is None:
+            return error_response(410, "is not asked, or not any more")
+        closed, first = found
+        try:
+            verify(public_key(self._roster.identity(site)), ANSWER, header, signature)
+        except IntegrityError as error:
+            return error_response(400, str(error))
+        if first:
+            about = {"site": site, "asked": closed.kind, "round": closed.round, "attempt": closed.attempt}
+            self._archive.note(closed.run, {"kind": "late", **about})
+            _log.info("site %s: its answer to round %d of run %s is late", site, closed.round, closed.run)
+        return error_response(
+            410, f"{wire.LATE}round {closed.round} was closed before it came; it does not count"
+        )
 
     def _checked(self, header: bytes, signature: bytes, offer: Offer) -> Header:
         """The header of an answer to `offer`, or an IntegrityError that says what it is not."""

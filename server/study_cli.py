@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,20 +133,35 @@ def watch(name: Name, folder: Folder = None, url: Url = None, as_json: Json = Fa
     """Follow a study's latest run until it is over; exit code 1 where it failed. --json prints a JSON line an event.
     A server that restarts is waited for, ten minutes at most.
 
+    On a terminal a table below the events shows each site: what it does now, when it counted last, its last error.
+
     Example: consortium study watch breast-cancer --dir fed
     """
+    from rich.console import Console
+
+    from consortium.server import watch as watching
     from consortium.server.admin_client import connect
 
+    console, admin = Console(), connect(folder, url)
+    live = console.is_terminal and not as_json
+
+    def event(one: dict[str, Any]) -> None:
+        text = json.dumps(one) if as_json else line(one)
+        console.print(text, markup=False, highlight=False, soft_wrap=True) if live else typer.echo(text)
+
+    def away(text: str) -> None:
+        typer.echo(text, err=True)
+
     state, why, told = "", "", False
-    for found in connect(folder, url).events(name, lambda said: typer.echo(said, err=True)):
-        for event in found["events"]:
-            typer.echo(json.dumps(event) if as_json else line(event))
-        state, why = found["state"], found["why"]
-        if found["run"] is None and not told:
-            typer.echo(
-                f"not started yet; start it: consortium study start {name}{_same(folder, url)}", err=True
-            )
-            told = True
+    with watching.board(admin, name, console) if live else nullcontext(lambda: None) as update:
+        for found in admin.events(name, away, look=watching.LOOK_EVERY if live else None):
+            for one in found["events"]:
+                event(one)
+            update()
+            state, why = found["state"], found["why"]
+            if found["run"] is None and not told:
+                away(f"not started yet; start it: consortium study start {name}{_same(folder, url)}")
+                told = True
     if state == "failed":
         raise ConsortiumError(f"study '{name}': failed; {why}")
     if not as_json:
@@ -214,9 +231,13 @@ def line(event: dict[str, Any]) -> str:
     if event["kind"] == "round":
         what = f"round {event['round']}" if event["round"] else "statistics for preprocessing"
         left_out = "".join(f"; left out: {site} ({why})" for site, why in event["left_out"].items())
+        left_out += "".join(f"; {site} is {why}" for site, why in event.get("aside", {}).items())
+        left_out += "".join(f"; {site} {note}" for site, note in event.get("notes", {}).items())
         void = f"; void: {event['void']}" if event["void"] else ""
         counted = f"{len(event['admitted'])} of {len(event['asked'])} answers"
         return f"{what}: {counted}, {event['seconds']:.2f} s{left_out}{void}"
+    if event["kind"] == "late":
+        return f"late: {event['site']}'s answer to round {event['round']} came after the round was closed"
     return _stands(event["state"], event["why"])
 
 
@@ -228,12 +249,18 @@ def _page(said: dict[str, Any]) -> str:
     lines = [
         f"study       {said['study']}, {said['digest']}",
         f"run         {said['run'] or 'none yet'}  {_stands(said['state'], said['why'])}",
+        f"since       {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(said['since']))}",
     ]
     if said["run"]:
         lines.append(f"round       {said['round']} of {said['rounds']}")
     for site, one in said["sites"].items():
         error = f"; last error: {one['last_error']}" if one["last_error"] else ""
-        lines.append(f"site        {site:<24} counted last in round {one['last_round']}{error}")
+        error += f"; {one['late']} answers came late" if one["late"] else ""
+        error += f"; {one['set_aside']}" if one["set_aside"] else ""
+        error += f"; {one['note']}" if one["note"] else ""
+        lines.append(
+            f"site        {site:<24} {one['state']}; counted last in round {one['last_round']}{error}"
+        )
     if said["evaluation"]:
         known = [f"{k} {v:.4f}" for k, v in said["evaluation"]["pooled"].items() if v is not None]
         lines.append(f"metrics     {', '.join(known)} (model after round {said['evaluation']['round']})")

@@ -11,7 +11,7 @@ import numpy as np
 from consortium.protocol import metrics
 from consortium.protocol.messages import Answer, Statistics, sum_statistics
 from consortium.protocol.sections import LOWER_IS_BETTER
-from consortium.server.admission import Admitted, Gate
+from consortium.server.admission import Admitted, Gate, clip
 from consortium.server.clients import Block
 from consortium.server.records import Evaluation, Round
 from consortium.server.standing import NOT_NEEDED
@@ -25,7 +25,7 @@ class Ballot:
     asked: the cohort in name order. admitted: valid answers by site, in name order. left_out: reasons by site.
     blocks: sums that came in place of vectors, in block order, one a block or folded; empty where every answer brings
         its own.
-    aside: by site, why it was not asked.
+    aside: by site, why it was not asked. notes: by site, what it said beside an answer that counts.
     """
 
     asked: tuple[str, ...]
@@ -33,6 +33,7 @@ class Ballot:
     left_out: Mapping[str, str]
     blocks: tuple[Block, ...]
     aside: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Count:
@@ -92,7 +93,8 @@ class Count:
         admitted = {site: self._admitted[site] for site in sorted(self._admitted)}
         left_out = {site: self._left_out[site] for site in sorted(self._left_out)}
         blocks = sorted(self._blocks, key=lambda b: b.shared.block if b.shared else -1)
-        return Ballot(self._asked, admitted, left_out, tuple(blocks))
+        notes = {site: clip(one.answer.reason) for site, one in admitted.items() if one.answer.reason}
+        return Ballot(self._asked, admitted, left_out, tuple(blocks), notes=notes)
 
 
 def judge(gate: Gate, site: str, answers: Sequence[Answer]) -> Admitted | str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from consortium.client.mapping import count
+from consortium.client.skipping import NO_IMAGE, Fault, Skipped, skippable
 from consortium.client.task import Examples, Source, Task
 from consortium.client.tasks import classification
 from consortium.protocol.errors import InputError
@@ -104,10 +106,12 @@ class Classifier(Task):
         files = [(path, code) for name, code in codes for path in _files(where, folder / name)]
         if not files:
             raise InputError(f"{where}: holds no images; put {', '.join(IMAGES)} files into its sub-folders")
-        x = _decode(where, folder, [path for path, _ in files], self.images.shape)
+        paths = [path for path, _ in files]
+        x, bad = _decode(where, folder, paths, self.images.shape, self.images.tolerance)
         y = np.array([code for _, code in files])
         ids = np.array([path.relative_to(folder).as_posix() for path, _ in files])
-        return self._examples(where, {"x": x, "y": y}, ids)
+        skipped = Skipped(len(files), {NO_IMAGE: int(bad.sum())} if bad.any() else {})
+        return replace(self._examples(where, {"x": x[~bad], "y": y[~bad]}, ids[~bad]), skipped=skipped)
 
     def _examples(self, where: str, arrays: Mapping[str, Any], ids: NDArray[Any] | None = None) -> Examples:
         split = self.images.split
@@ -206,8 +210,11 @@ def _files(where: str, folder: Path) -> list[Path]:
     return found
 
 
-def _decode(where: str, folder: Path, files: list[Path], shape: list[int]) -> NDArray[np.uint8]:
-    """Images (n, height, width, channels) in the order of `files`.
+def _decode(
+    where: str, folder: Path, files: list[Path], shape: list[int], tolerance: float
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Images (n, height, width, channels) in the order of `files`, and which of them (n,) are none, at most the share
+    `tolerance`.
 
     Raises:
         InputError: how many cannot be decoded, have another size, or more than 8 bits a channel.
@@ -221,6 +228,7 @@ def _decode(where: str, folder: Path, files: list[Path], shape: list[int]) -> ND
         )
     x = np.empty((len(files), *shape), np.uint8)
     wrong: dict[str, list[Path]] = {}
+    bad = np.zeros(len(files), np.bool_)
     for i, path in enumerate(files):
         try:
             with Image.open(path) as image:
@@ -232,13 +240,15 @@ def _decode(where: str, folder: Path, files: list[Path], shape: list[int]) -> ND
                     x[i] = np.asarray(image.convert(_MODES[channels])).reshape(shape)
         except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
             wrong.setdefault("cannot be decoded", []).append(path)
-    if wrong:
+    for paths in wrong.values():
+        bad |= np.isin([str(path) for path in files], [str(path) for path in paths])
+    if skippable([Fault("", bad)], len(files), tolerance) is None:
         what = "; ".join(f"{len(paths)} {why}" for why, paths in wrong.items())
-        bad = [path.relative_to(folder) for paths in wrong.values() for path in paths]
+        which = [path.relative_to(folder) for paths in wrong.values() for path in paths]
         raise _about_files(
-            f"{where}: of {count(len(files), 'image')}, {what}; correct them or take them out", bad
+            f"{where}: of {count(len(files), 'image')}, {what}; correct them or take them out", which
         )
-    return x
+    return x, bad
 
 
 def _about_files(message: str, files: list[Path]) -> InputError:

@@ -13,13 +13,14 @@ from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from consortium.client.columns import Column
-from consortium.client.tables import read
+from consortium.client.tables import read_some
 from consortium.client.task import Examples, Source, Task
 from consortium.client.tasks import classification
 from consortium.protocol.errors import InputError
@@ -138,7 +139,7 @@ class _Tabular(Task):
         return nn.Sequential(*layers, head)
 
     def data(self, source: Source) -> Examples:
-        """A site's table through its mapping; see `client.tables.read` for what is refused."""
+        """A site's table through its mapping; see `client.tables.read_some` for what is refused."""
         table = self.table
         refuse = table.missing == "refuse"
         columns = [
@@ -152,14 +153,21 @@ class _Tabular(Task):
             columns.append(Column(table.person, text=True, needed=True))
         if table.split is not None:
             columns.append(Column(table.split, values=("train", "test"), closed=True, needed=True))
-        frame = read(source, columns)
+        frame, skipped = read_some(source, columns, table.tolerance)
         raw = np.stack([frame[name].to_numpy(np.float64) for name in table.features], axis=1)
         return Examples(
             torch.from_numpy(raw).to(self.dtype),
             self.targets(frame[table.target].to_numpy(np.float64)),
-            ids=None if table.person is None else frame[table.person].to_numpy(),
+            ids=self._ids(frame, bool(skipped.count)),
             test=None if table.split is None else frame[table.split].to_numpy() == 1,
+            skipped=skipped,
         )
+
+    def _ids(self, frame: pd.DataFrame, some: bool) -> NDArray[Any] | None:
+        """Persons; else row numbers, which are said only where `some` are skipped: the others keep their places."""
+        if self.table.person is not None:
+            return frame[self.table.person].to_numpy()
+        return frame.index.to_numpy() if some else None
 
     def statistics(self, examples: Examples) -> Statistics:
         """Sums over the observed numbers, clipped, with each declared range as the unit interval.

@@ -16,7 +16,7 @@ from consortium.client.agent import Agent
 from consortium.client.home import Home
 from consortium.client.joining import renew
 from consortium.client.work import Given, Interrupted
-from consortium.protocol import configuration
+from consortium.protocol import configuration, wire
 from consortium.protocol.errors import RefusedError
 from consortium.protocol.messages import Instruction
 
@@ -36,6 +36,7 @@ def world(shared: World) -> World:
         one.clear()
     shared.endings = no_endings
     shared.notice, shared.puts, shared.trusts = "", 0, 0
+    shared.reason = "refused by the test"
     return shared
 
 
@@ -367,6 +368,19 @@ def test_everything_goes_through_an_http_proxy(world: World, start: Start) -> No
     finally:
         configuration.write(world.home.config_file, config)
         proxy.close()
+
+
+def test_an_answer_that_came_too_late_is_known_to_be_late(world: World, start: Start) -> None:
+    """The server notes it and says so; the operator sees it, and it is not sent again."""
+    agent = start(Trivial())
+    one = world.instruction()
+    world.refuse[one.nonce] = 410
+    world.reason = f"{wire.LATE}round 1 was closed before it came; it does not count"
+    world.offer(one)
+    wait_for(lambda: agent.status()["runs"].get("r", {}).get("state") == "late", 20, "not known")
+    assert agent.status()["runs"]["r"]["why"] == "round 1 was closed before it came; it does not count"
+    world.quiet(1)
+    assert world.puts == 1
 
 
 def test_an_agent_stops_at_once_while_it_works(world: World, start: Start) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from consortium.client.columns import Column
 from consortium.client.mapping import load, parse
-from consortium.client.tables import read
+from consortium.client.tables import read, read_some
 from consortium.client.task import Source
 from consortium.protocol.errors import InputError
 
@@ -272,6 +272,46 @@ def test_wrong_cells_are_counted_by_row_and_never_shown(tmp_path: Path) -> None:
     assert "column 'ill': 1 of 2 rows (row 1) is without a value" in message
     assert "column 'weight': 1 of 2 rows (row 1) is outside the study's range [0, 300]" in message
     assert SECRET not in message
+
+
+def test_a_tolerated_share_of_unreadable_rows_is_skipped_and_counted(tmp_path: Path) -> None:
+    """Each bad row once, by its first reason, rows of too many cells too; the others are as before, under the numbers
+    that they have in the file."""
+    rows = [f"{20 + i},{i % 2}" for i in range(100)]
+    good = read(Source("a", csv(tmp_path, "age,ill\n" + "\n".join(rows) + "\n")), [AGE, ILL])
+    for number, row in {3: f"x{SECRET},1", 10: "30,7", 11: "31,", 50: "1,2,3", 70: "y,9"}.items():
+        rows[number] = row
+    path = csv(tmp_path, "age,ill\n" + "\n".join(rows) + "\n")
+    found, skipped = read_some(Source("a", path), [AGE, ILL], 0.05)
+    assert list(found.index) == [n for n in range(100) if n not in (3, 10, 11, 50, 70)]
+    assert (found["age"] == good["age"].loc[found.index]).all()
+    assert str(skipped) == (
+        "skipped 5 of 100 records: 1 of more or fewer cells than the header, 2 not a finite number, "
+        "1 coded in an unknown way, 1 without a value"
+    )
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.049])
+def test_beyond_the_tolerated_share_a_table_is_refused(tolerance: float, tmp_path: Path) -> None:
+    """One row more than the study tolerates: every mistake is named, and no cell."""
+    rows = [f"{20 + i},{i % 2}" for i in range(100)]
+    for number in (3, 10, 11, 50, 70):
+        rows[number] = f"x{SECRET},1"
+    path = csv(tmp_path, "age,ill\n" + "\n".join(rows) + "\n")
+    with pytest.raises(InputError) as error:
+        read_some(Source("a", path), [AGE, ILL], tolerance)
+    assert "5 of 100 rows (rows 4, 11, 12, 51, 71) are not a finite number" in str(error.value)
+    assert ("tolerates 4.90% of the rows" in str(error.value)) == (tolerance > 0)
+    assert SECRET not in str(error.value)
+
+
+def test_what_is_wrong_with_a_whole_column_is_never_tolerated(tmp_path: Path) -> None:
+    """A column that is absent, and a table of bad rows alone, are refused whatever is tolerated."""
+    path = csv(tmp_path, "age\n20\n")
+    with pytest.raises(InputError, match="there is no such column"):
+        read_some(Source("a", path), [AGE, ILL], 0.9)
+    with pytest.raises(InputError, match="not a finite number"):
+        read_some(Source("a", csv(tmp_path, "age\nx\n")), [AGE], 0.999)
 
 
 def test_codes_that_lead_nowhere_are_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from live import COMMAND, live, simulated, study
+from live import COMMAND, counted, live, simulated, study
 
 from consortium.simulations.hospitals import write_hospitals
 
@@ -33,7 +33,7 @@ def test_a_dead_a_slow_and_a_lying_site_are_named_and_the_run_ends(tmp_path: Pat
         )  # fmt: skip
         shown = json.loads(done.stdout)
         assert (shown["state"], shown["round"]) == ("finished", 2)
-        sites = {site: (about["last_round"], about["last_error"]) for site, about in shown["sites"].items()}
+        sites = counted(shown)
         assert {site: sites[site] for site in GOOD} == dict.fromkeys(GOOD, (2, None))
         late = (0, "no answer before the deadline")
         assert (sites["hospital-3"], sites["hospital-4"]) == (late, late)

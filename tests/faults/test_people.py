@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live import COMMAND, Live, children, hospitals, simulated, study
+from live import COMMAND, Live, children, counted, hospitals, simulated, study
 
 ONE, TWO = "hospital-1", "hospital-2"
 LONG = 1500
@@ -70,7 +70,7 @@ def test_a_site_is_paused_in_mid_training_and_takes_part_again(federation: Live)
     assert "paused" in type_in(federation.folder / "server", "server", "sites")
     type_in(site, "client", "resume")
     shown = federation.over(name)
-    assert (shown["state"], shown["sites"][ONE]) == ("finished", {"last_round": 4, "last_error": None})
+    assert (shown["state"], counted(shown)[ONE]) == ("finished", (4, None))
     assert federation.model(name) == simulated(one, list(federation.places.values()))
     federation.quiet()
 

@@ -15,8 +15,9 @@ from breast_cancer import study_text
 
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.study import Study
-from consortium.server.archive import FINISHED, RUNNING, WAITING, Archive
+from consortium.server.archive import Archive
 from consortium.server.link import nameless
+from consortium.server.states import FINISHED, RUNNING, WAITING
 from consortium.server.store import Store
 
 STUDY = Study.parse(study_text(2))

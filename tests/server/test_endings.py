@@ -16,8 +16,9 @@ from realm import Actor, Realm, realm
 
 from consortium.protocol import endings, wire
 from consortium.protocol.study import Study
-from consortium.server.archive import EARLY, FAILED, FINISHED, PAUSED, RUNNING, STOPPED, WAITING, Archive
+from consortium.server.archive import Archive
 from consortium.server.endings import news, word
+from consortium.server.states import EARLY, FAILED, FINISHED, PAUSED, RUNNING, STOPPED, WAITING
 from consortium.server.store import Store
 
 

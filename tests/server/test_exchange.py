@@ -14,7 +14,8 @@ import pytest
 from consortium.protocol.files import MEMORY
 from consortium.protocol.messages import Instruction, Payload, encode
 from consortium.server import exchange as module
-from consortium.server.exchange import Exchange, Offer, Received, Spooled
+from consortium.server.exchange import Exchange
+from consortium.server.offers import Closed, Offer, Received, Spooled
 
 MEMBERS = {"north", "south"}
 
@@ -89,6 +90,44 @@ def test_answers_to_what_is_not_asked_any_more_are_not_taken(exchange: Exchange)
     assert exchange.asked("north", old.nonce) is None
     assert not exchange.taken(old, Received("north", b"late"))
     assert exchange.asked("north", new.nonce) is new
+
+
+def test_what_was_not_answered_in_time_is_known_to_be_late(exchange: Exchange) -> None:
+    """When the time for answers is over, what is still open is closed: late for its own site alone, told apart from
+    what was answered or never asked, and only the first late answer is news."""
+    offers = ask(exchange)
+    exchange.taken(offers["south"], Received("south", b"h"))
+    assert exchange.late("north", offers["north"].nonce) is None
+    assert exchange.answers("run", 0.0) is not None
+    assert exchange.answers("run", 0.0) is None
+    assert not exchange.taken(offers["north"], Received("north", b"late"))
+    assert exchange.late("south", offers["north"].nonce) is None
+    assert exchange.late("south", offers["south"].nonce) is None
+    first, again = (exchange.late("north", offers["north"].nonce) for _ in range(2))
+    assert first == (Closed("run", "north", "train", 1, 0), True)
+    assert again == (Closed("run", "north", "train", 1, 0), False)
+    assert exchange.repeated(offers["south"].nonce, b"h") is True
+
+
+def test_few_closed_offers_are_remembered(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rounds a site misses, memory does not grow."""
+    monkeypatch.setattr(module, "MOST_CLOSED", 4)
+    old = [ask(exchange, round=number)["north"].nonce for number in range(1, 8)]
+    exchange.withdraw("run")
+    known = [nonce for nonce in old if exchange.late("north", nonce) is not None]
+    assert known == old[-2:]
+
+
+def test_who_is_away_is_named(tmp_path: Path) -> None:
+    """Members that never came, went, or are paused, each with how."""
+    one = Exchange(
+        lambda _: b"", tmp_path, MEMBERS.__contains__, lambda: 0.5 + 86400, lambda: sorted(MEMBERS)
+    )
+    assert one.away() == {"north": "not connected", "south": "not connected"}
+    with one.polling("north", False), one.polling("south", True):
+        assert one.away() == {"south": "paused since 1970-01-02 00:00 UTC"}
+    one.gone("north")
+    assert one.away()["north"] == "not connected since 1970-01-02 00:00 UTC"
 
 
 def test_withdrawing_wakes_whoever_waits_for_answers(exchange: Exchange) -> None:

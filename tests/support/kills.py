@@ -37,8 +37,8 @@ from replay import Replayed, replay, rounds_of
 from consortium.client.store import Store
 from consortium.protocol.errors import ConsortiumError
 from consortium.protocol.study import Study
-from consortium.server.admin_client import OVER
 from consortium.server.records import Round
+from consortium.server.states import OVER
 
 SITES = 4
 LEAST = 2

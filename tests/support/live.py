@@ -25,8 +25,9 @@ from consortium.client.control import ask
 from consortium.client.home import Home
 from consortium.protocol.errors import ConsortiumError
 from consortium.protocol.study import Study
-from consortium.server.admin_client import OVER, Admin, connect
+from consortium.server.admin_client import Admin, connect
 from consortium.server.federation import Federation
+from consortium.server.states import OVER
 from consortium.simulations.deployment import HOST, allow, environment, register
 from consortium.simulations.hospitals import study_of, write_hospitals
 from consortium.simulations.programs import Programs, free_ports
@@ -256,6 +257,11 @@ def hospitals(folder: Path, number: int, command: tuple[str | Path, ...] = COMMA
             one.join(name, place)
         one.gather()
         yield one
+
+
+def counted(shown: dict[str, Any]) -> dict[str, tuple[int, str | None]]:
+    """Of a document of `show`, by site: the last round in which it counted, and its last error."""
+    return {site: (about["last_round"], about["last_error"]) for site, about in shown["sites"].items()}
 
 
 def children(pid: int, what: str = "") -> list[int]:

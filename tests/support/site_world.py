@@ -65,6 +65,7 @@ class World:
     polls: list[dict[str, Any]] = field(default_factory=list)
     endings: Callable[[dict[str, Any]], dict[str, Any] | None] = no_endings
     notice: str = ""
+    reason: str = "refused by the test"
     trusts: int = 0
     puts: int = 0
 
@@ -220,7 +221,7 @@ class World:
         verify(public_key(self.roster.identity(SITE)), ANSWER, header, signature)
         content = request.read(1 << 30)
         if nonce in self.refuse:
-            return error_response(self.refuse[nonce], "refused by the test")
+            return error_response(self.refuse[nonce], self.reason)
         answer = decode(header, content)
         assert isinstance(answer, Answer)
         assert answer.nonce == nonce

@@ -23,7 +23,8 @@ from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.server import run_process
 from consortium.server.archive import Archive
-from consortium.server.exchange import Exchange, Offer, Received, Spooled
+from consortium.server.exchange import Exchange
+from consortium.server.offers import Offer, Received, Spooled
 from consortium.server.runs import Runs
 from consortium.server.store import Store
 from consortium.server.worker_process import Initial
