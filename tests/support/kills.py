@@ -176,7 +176,8 @@ def check(federation: Live, one: Study) -> list[Round]:
 
 
 def _check_site(federation: Live, site: str, run: str, rounds: Sequence[Round], right: Replayed) -> None:
-    kept = Store(federation.home(site).state, run).load()
+    home = federation.home(site)
+    kept = Store(home.state, run, home.data_key(home.lock())).load()
     counted = max((one.round for one in rounds if not one.void and site in one.admitted), default=0)
     state = kept.memory.settled(counted).committed
     assert state.keys() == right.states[site].keys(), site
