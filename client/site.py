@@ -17,17 +17,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from consortium.client.private_training import Private, refuse_unclippable, refuse_unfit
 from consortium.client.task import Examples, Source, Task
 from consortium.client.trainer import (
+    Batches,
     Resident,
     Schedule,
     SiteState,
     TorchTrainer,
+    Update,
     resident,
     schedule,
     seed_for,
 )
-from consortium.protocol.errors import ConsortiumError, IntegrityError
+from consortium.privacy import mechanisms
+from consortium.privacy.mechanisms import Mechanism, mechanism_of
+from consortium.privacy.randomness import Stream
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.layout import digest_of
 from consortium.protocol.messages import Answer, Instruction, Payload, Statistics
 from consortium.protocol.metrics import at_most
@@ -57,7 +63,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Rows:
-    """A site's examples, split. note: what was skipped of them, in counts, for the site's answers."""
+    """A site's examples, split. note: what was skipped of them, in counts, for the site's answers.
+
+    people: (rows,) whose each training row is, numbered from 0; None: not known.
+    """
 
     inputs: torch.Tensor
     targets: torch.Tensor
@@ -65,6 +74,16 @@ class Rows:
     test_targets: torch.Tensor
     sums: Statistics
     note: str = ""
+    people: NDArray[np.int64] | None = None
+
+
+Draws = Callable[[str, int, int], Stream]
+"""(site, round, attempt) -> the randomness that the site's privacy rests on in that exchange."""
+
+
+def from_the_system(site: str, round: int, attempt: int) -> Stream:
+    """The only draws that protect anybody."""
+    return Stream.system()
 
 
 def held_out(examples: Examples, share: float, key: bytes) -> NDArray[np.bool_]:
@@ -98,13 +117,25 @@ def rows(task: Task, source: Source) -> Rows:
     test = held_out(examples, task.study.data.holdout, source.key)
     if not test.any() and not task.prepares:
         # nothing to split: the task's own arrays, perhaps mapped from a file
-        return Rows(examples.inputs, examples.targets, examples.inputs[:0], examples.targets[:0], {}, note)
+        people = _people(examples, ~test)
+        return Rows(
+            examples.inputs, examples.targets, examples.inputs[:0], examples.targets[:0], {}, note, people
+        )
     train, out = torch.from_numpy(np.flatnonzero(~test)), torch.from_numpy(np.flatnonzero(test))
     training = Examples(examples.inputs[train], examples.targets[train])
     sums = task.statistics(training) if task.prepares else {}
     share = min(1.0, task.study.cohort.max_weight / max(len(training.inputs), 1))  # a site counts for no more
     sums = {name: values * share for name, values in sums.items()} if share < 1 else sums
-    return Rows(training.inputs, training.targets, examples.inputs[out], examples.targets[out], sums, note)
+    people = _people(examples, ~test)
+    return Rows(
+        training.inputs, training.targets, examples.inputs[out], examples.targets[out], sums, note, people
+    )
+
+
+def _people(examples: Examples, kept: NDArray[np.bool_]) -> NDArray[np.int64] | None:
+    if examples.ids is None:
+        return None
+    return np.unique(np.asarray(examples.ids)[kept].astype(str), return_inverse=True)[1].astype(np.int64)
 
 
 @dataclass
@@ -113,7 +144,7 @@ class Site:
 
     net: this process's model; several sites of one process share it.
     load: gives the rows; called once, at the first instruction that needs them.
-    schedule: gives each round's batches.
+    schedule: gives each round's batches. mechanism: of the study's privacy. draws: what it rests on.
     """
 
     name: str
@@ -123,9 +154,12 @@ class Site:
     net: Resident
     load: Callable[[], Rows]
     schedule: Schedule = schedule
+    mechanism: Mechanism | None = None
+    draws: Draws = from_the_system
     memory: Memory = field(default_factory=Memory)
     _trainer: TorchTrainer | None = None
     _note: str = ""
+    _units: NDArray[np.int64] | None = None
 
     def answer(self, instruction: Instruction) -> Answer:
         """Do what is asked; a site that cannot declines with its reason. Nothing of the answer is kept here."""
@@ -150,21 +184,47 @@ class Site:
         if instruction.kind == "evaluate":
             return Answer.to_instruction(instruction, metrics=counts)
         number, seed = instruction.round, self.study.seed
-        batches = self.schedule(self.study.training, len(trainer.inputs), seed, self.name, number)
-        update, after = trainer.train(model, state, batches, seed_for(seed, self.name, number))
+        draws = self.draws(self.name, number, instruction.attempt)
+        private = None
+        if self.mechanism is not None and self.mechanism.name == "dp-sgd":
+            private = Private(self.mechanism, draws, self._units)
+            batches: Batches = private.batches(len(trainer.inputs))
+        else:
+            batches = self.schedule(self.study.training, len(trainer.inputs), seed, self.name, number)
+        update, after = trainer.train(model, state, batches, seed_for(seed, self.name, number), private)
         if after:
             self.memory = Memory(state, after, number)
-        payload = Payload(update.vectors)
+        payload = self._released(update, instruction.payload.statistics, draws)
         return Answer.to_instruction(instruction, weight=update.weight, payload=payload, metrics=counts)
+
+    def _released(self, update: Update, sums: Statistics, draws: Stream) -> Payload:
+        """What leaves the site of an update: with a mechanism on whole updates, clipped, and noised if that is here."""
+        one = self.mechanism
+        if one is None or one.name == "dp-sgd":
+            return Payload(update.vectors)
+        clipped, within = mechanisms.clip(update.vectors["shared"], mechanisms.bound_of(one, sums))
+        vectors = {**update.vectors, "shared": mechanisms.add_noise(clipped, one.local_deviation, draws)}
+        return Payload(vectors, {mechanisms.WITHIN: np.array(float(within))} if one.quantile else {})
 
     def _ready(self, sums: Statistics) -> TorchTrainer:
         """The trainer, its rows preprocessed by the federation's sums, which never change within a run."""
+        sums = {name: values for name, values in sums.items() if name not in mechanisms.RESERVED}
         if self._trainer is None or (sums and self._trainer.preprocessed is False):
             data = self.load()
-            self._note = data.note
-            step = self.task.preprocessing(sums) if sums else None
+            self._note = data.note if self.mechanism is None else ""  # it counts records
+            step = self.task.preprocessing(sums) if sums or not self.task.prepares else None
+            self._units = self._checked_units(data)
             self._trainer = _trainer(self.task, self.net, self.local, data, step, bool(sums))
         return self._trainer
+
+    def _checked_units(self, data: Rows) -> NDArray[np.int64] | None:
+        if self.mechanism is None or self.mechanism.unit != "person":
+            return None
+        if data.people is None:
+            raise InputError(
+                f"{self.study.task}: unit = \"person\" needs each row's person: give ids in the task's Examples"
+            )
+        return data.people
 
 
 def _trainer(
@@ -181,15 +241,27 @@ def _trainer(
 
 
 def open_site(
-    study: Study, task: Task, local: Local, net: Resident, source: Source, schedule: Schedule = schedule
+    study: Study,
+    task: Task,
+    local: Local,
+    net: Resident,
+    source: Source,
+    schedule: Schedule = schedule,
+    draws: Draws = from_the_system,
 ) -> Site:
     """A site over a source; its data are read at the first instruction."""
-    return Site(source.site, study, task, local, net, lambda: rows(task, source), schedule)
+    load = lambda: rows(task, source)  # noqa: E731 - read once, when first needed
+    return Site(source.site, study, task, local, net, load, schedule, mechanism_of(study), draws)
 
 
 def start(study: Study, task: Task, local: Local) -> Resident:
     """This process's model, at the study's initial weights: every process that calls this has the same."""
-    return resident(task, local, seed_for(study.seed, "initial model", 0))
+    net = resident(task, local, seed_for(study.seed, "initial model", 0))
+    if study.privacy.mechanism != "none":
+        refuse_unfit(net.module, study.task)
+    if study.privacy.mechanism == "dp-sgd":
+        refuse_unclippable(net.module, study.task)
+    return net
 
 
 def check_model(instruction: Instruction, net: Resident) -> None:

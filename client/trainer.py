@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consortium.client.private_training import Private, descend
 from consortium.client.task import Task
 from consortium.protocol.errors import InputError
 from consortium.protocol.layout import Array, Kind, Layout, Segment, Vector
@@ -55,9 +56,14 @@ class Trainer(Protocol):
     layout: Layout
 
     def train(
-        self, model: Mapping[str, Vector], state: SiteState, batches: Batches, seed: int
+        self,
+        model: Mapping[str, Vector],
+        state: SiteState,
+        batches: Batches,
+        seed: int,
+        private: Private | None = None,
     ) -> tuple[Update, SiteState]:
-        """Train from the global `model` (vectors by segment kind) over exactly these batches."""
+        """Train from the global `model` (vectors by segment kind) over these very batches, by dp-sgd if `private`."""
 
     def evaluate(self, model: Mapping[str, Vector], state: SiteState) -> Statistics:
         """Counts over the held-out rows; empty where there are none."""
@@ -250,21 +256,30 @@ class TorchTrainer:
         return self.resident.layout
 
     def train(
-        self, model: Mapping[str, Vector], state: SiteState, batches: Batches, seed: int
+        self,
+        model: Mapping[str, Vector],
+        state: SiteState,
+        batches: Batches,
+        seed: int,
+        private: Private | None = None,
     ) -> tuple[Update, SiteState]:
-        """See `Trainer`. The update's weight is the number of training rows, at most the study's cap.
+        """See `Trainer`. The update's weight is the number of training rows, at most the study's cap; 1 in any study
+        that asks for differential privacy, as the number would tell of every row.
 
         Raises:
             InputError: there is no row to train on.
         """
-        if not len(self.inputs) or not len(batches):
+        if private is None and (not len(self.inputs) or not len(batches)):
             raise InputError("this site has no training rows")
         net = self.resident
         net.load(model["shared"], state.get("local"))
         torch.default_generator.manual_seed(seed)
         net.train(True)
         rule = _rule(self.task.study.training, net, self.local.proximal, self._correction(model, state))
-        _descend(self.task, net, rule, self._batches(batches))
+        if private is None:
+            _descend(self.task, net, rule, self._batches(batches))
+        else:
+            descend(self.task, net, rule, self.inputs, self.targets, batches, private)
         vectors: dict[str, Vector] = {"shared": np.subtract(net.arrays["shared"], model["shared"])}
         after: dict[str, Vector] = {}
         if net.first.size:
@@ -273,7 +288,8 @@ class TorchTrainer:
             change = self._variate_change(model, vectors["shared"], len(batches))
             vectors["control"] = change
             after["control"] = self._variate(state) + change
-        weight = min(float(len(self.inputs)), self.task.study.cohort.max_weight)
+        counted = len(self.inputs) if self.task.study.privacy.mechanism == "none" else 1
+        weight = min(float(counted), self.task.study.cohort.max_weight)
         return Update(vectors, weight), after
 
     def evaluate(self, model: Mapping[str, Vector], state: SiteState) -> Statistics:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from consortium.protocol import privacy_checks
 from consortium.protocol.errors import Problem, nearest
 from consortium.protocol.sections import (
     FORMAT,
@@ -203,19 +204,6 @@ def _check_metric(task: str, data: Data, evaluation: Evaluation) -> Iterator[Pro
         yield Problem("evaluation.select", "'best'", right)
 
 
-def _check_privacy(privacy: Privacy) -> Iterator[Problem]:
-    if privacy.mechanism == "none":
-        for key in ("epsilon", "delta", "clip_norm"):
-            if getattr(privacy, key) is not None:
-                right = 'mechanism = "none" promises nothing; leave it out'
-                yield Problem(f"privacy.{key}", str(getattr(privacy, key)), right)
-    else:
-        yield Problem("privacy.mechanism", repr(privacy.mechanism), 'this version has only "none"')
-    if privacy.secure_aggregation:
-        right = "this version has no secure aggregation; false would be right"
-        yield Problem("privacy.secure_aggregation", "true", right)
-
-
 _CHECKS: dict[str, Any] = {
     "strategy": _check_strategy,
     "strategy+training": _check_scaffold,
@@ -224,5 +212,5 @@ _CHECKS: dict[str, Any] = {
     "data": _check_data,
     "task+data": _check_target,
     "task+data+evaluation": _check_metric,
-    "privacy": _check_privacy,
+    **privacy_checks.CHECKS,
 }

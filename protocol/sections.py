@@ -190,15 +190,30 @@ class Evaluation(Section):
     auroc: Literal["binned", "exact"] = "binned"
 
 
+SAMPLING_RATE = 0.1
+"""Of dp-sgd where the study says nothing. A number of the study: nothing depends on how many rows a site has."""
+
+
 class Privacy(Section):
-    """[privacy]"""
+    """[privacy]: whom it protects, by which mechanism, and how well (docs/privacy.md).
+
+    clip_quantile: central-gaussian alone: clip_norm is then the first bound, and moves until this share of the sites'
+    updates lies within it. sampling_rate: dp-sgd alone.
+    """
 
     unit: Literal["record", "person", "site"] = "record"
     mechanism: Literal["none", "dp-sgd", "central-gaussian", "local-gaussian", "distributed-skellam"] = "none"
     epsilon: Annotated[float, Field(gt=0)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     secure_aggregation: bool = False
+
+    @property
+    def rate(self) -> float:
+        """The share of a site's units that is in a batch of dp-sgd, on average."""
+        return SAMPLING_RATE if self.sampling_rate is None else self.sampling_rate
 
 
 class Export(Section):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from consortium.privacy.mechanisms import WITHIN, Mechanism, bound_of
 from consortium.protocol.layout import Layout, Segment, Vector
 from consortium.protocol.messages import Answer, Instruction
 from consortium.protocol.metrics import examples, problem
@@ -42,12 +43,14 @@ class Admitted:
 class Gate:
     """What one exchange accepts.
 
-    max_weight: the most that one site may count.
+    max_weight: the most that one site may count. mechanism: of the study's privacy; where updates are clipped as a
+    whole, a longer one is left out: noise was not measured for it.
     """
 
     instruction: Instruction
     layout: Layout
     max_weight: float
+    mechanism: Mechanism | None = None
 
     def check(self, answer: Answer) -> Admitted | str:
         """The admitted answer, or the reason why it is left out."""
@@ -121,15 +124,32 @@ class Gate:
         wrong = shape_problem(answer.payload.vectors, wanted)
         if wrong:
             return wrong
-        if answer.payload.opaque or answer.payload.statistics:
+        if answer.payload.opaque or (set(answer.payload.statistics) != self._bits):
             return "sends content that the study does not declare"
+        if any(bit.shape != () or float(bit) not in (0.0, 1.0) for bit in answer.payload.statistics.values()):
+            return "says neither that its update was clipped nor that it was not"
         norms = {kind: norm(answer.payload.vectors[kind]) for kind in wanted}
         for kind, value in norms.items():
             if not math.isfinite(value):
                 return f"the {kind} update is not finite"
             if value > largest_norm(wanted[kind]):
                 return f"the {kind} update is too large to compute with (norm {value:.3g})"
+        if norms["shared"] > self._longest:
+            return (
+                f"the shared update has norm {norms['shared']:.6g}, above the clip bound {self._longest:.6g}: the "
+                "noise would not hide it"
+            )
         return Admitted(answer, norms["shared"])
+
+    @property
+    def _bits(self) -> set[str]:
+        return {WITHIN} if self.mechanism is not None and self.mechanism.quantile is not None else set()
+
+    @property
+    def _longest(self) -> float:
+        if self.mechanism is None or self.mechanism.name != "central-gaussian":
+            return math.inf
+        return bound_of(self.mechanism, self.instruction.payload.statistics)
 
 
 def shape_problem(vectors: Mapping[str, Vector], wanted: Mapping[str, Segment]) -> str:

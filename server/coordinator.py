@@ -1,6 +1,6 @@
 """The round loop: read this file first.
 
-    select -> ask -> admit -> reduce -> step -> commit        then once: evaluate the final model
+    select -> ask -> admit -> reduce -> noise -> step -> commit        then once: evaluate the final model
 
 `run` is called with everything that it depends on: the plan of the run, the sites (`Clients`), the place of commits
 (`Commits`), a clock and randomness. It is the same in simulation and live; only these differ. Whatever a site does
@@ -19,11 +19,13 @@ from functools import partial
 
 import numpy as np
 
+from consortium.privacy.randomness import Stream
 from consortium.protocol.layout import Kind, Vector, digest_of
 from consortium.protocol.messages import Ask, Instruction, Payload
 from consortium.server import tally
 from consortium.server.admission import Gate
 from consortium.server.clients import Clients
+from consortium.server.noise import noised
 from consortium.server.records import Commits, Evaluation, Outcome, Plan, Round, RunState
 from consortium.server.standing import Cohort, Standings, aside, standings
 from consortium.server.tally import Ballot
@@ -48,6 +50,7 @@ def run(
     *,
     clock: Clock,
     rng: random.Random,
+    draws: Stream | None = None,
     report: Report = lambda _: None,
     rest: Rest = lambda _: None,
 ) -> Outcome:
@@ -55,21 +58,23 @@ def run(
 
     clock: seconds since the epoch.
     rng: draws cohorts; live it is `random.SystemRandom`.
+    draws: the randomness of the noise; None: the operating system's, the only one that protects anybody.
     report: called with each round, void ones too, and each evaluation, once it is committed.
     rest: waits so many seconds, between two attempts at a round; live, it is `time.sleep`.
     """
+    draws = draws or Stream.system()
     exchange = partial(_exchange, plan, clients, clock)
     state = commits.load() or _begin(plan)
     known = standings(state.rounds, plan.failures)
     while state.round < plan.study.rounds:
         before, started = state, clock()
         cohort = _select(plan, clients, state, known, rng)  #              select
-        if plan.prepares and not state.statistics:
+        if _asks_statistics(plan, state):
             ballot = exchange(state, "query", cohort)
             state = _prepared(plan, state, ballot, started, clock)
         else:
             ballot = exchange(state, "train", cohort)  #                   ask, admit
-            state = _trained(plan, clients, state, ballot, started, clock)  # reduce, step
+            state = _trained(plan, clients, state, ballot, started, clock, draws)  # reduce, noise, step
         del ballot  # the updates in it take up a disk
         commits.commit(state)  #                                           commit
         _tell(report, before, state)
@@ -102,7 +107,7 @@ def _begin(plan: Plan) -> RunState:
 
 def _select(plan: Plan, clients: Clients, state: RunState, known: Standings, rng: random.Random) -> Cohort:
     sites = clients.sites()
-    if plan.prepares and not state.statistics:
+    if _asks_statistics(plan, state):
         return Cohort(sites)  # one preprocessing fits all, so all are asked
     resting = aside(known, sites, plan.study.cohort.min_sites)
     sites = [site for site in sites if site not in resting] if resting else sites
@@ -120,6 +125,10 @@ def _again(clients: Clients, state: RunState, rest: Rest) -> bool:
         return clients.wait(_missing(clients, state))
     rest(min(LONGEST_REST, 2.0 ** (state.attempt - 1)))
     return True
+
+
+def _asks_statistics(plan: Plan, state: RunState) -> bool:
+    return plan.prepares and not state.statistics
 
 
 def _missing(clients: Clients, state: RunState) -> tuple[str, ...]:
@@ -146,7 +155,7 @@ def _exchange(
         payload=Payload(_vectors(state, kind), state.statistics),
         counted=state.counted,
     )
-    gate = Gate(instruction, plan.layout, plan.study.cohort.max_weight)
+    gate = Gate(instruction, plan.layout, plan.study.cohort.max_weight, plan.mechanism)
     count = tally.Count(cohort.sites, gate, cohort.enough)
     if cohort.sites:
         clients.ask(cohort.sites, instruction)
@@ -186,16 +195,29 @@ def _prepared(plan: Plan, state: RunState, ballot: Ballot, started: float, clock
 
 
 def _trained(
-    plan: Plan, clients: Clients, state: RunState, ballot: Ballot, started: float, clock: Clock
+    plan: Plan,
+    clients: Clients,
+    state: RunState,
+    ballot: Ballot,
+    started: float,
+    clock: Clock,
+    draws: Stream,
 ) -> RunState:
-    """The next state after a round of training: reduce what was admitted, step the model; or a void attempt."""
+    """The next state after a round of training: reduce and noise what was admitted, step; or a void attempt."""
     void = _void(plan, ballot, plan.strategy.reducer.minimum)
     number = state.round + 1
     if void:
         record = _record(state, ballot, number, void, state.digest, clock() - started)
         return replace(state, attempt=state.attempt + 1, rounds=(*state.rounds, record))
     state = _judged(plan, state, ballot)
-    update = _reduce(plan, ballot, "shared")
+    update, statistics = noised(
+        plan.mechanism,
+        plan.strategy.reducer,
+        ballot,
+        _reduce(plan, ballot, "shared"),
+        state.statistics,
+        draws,
+    )
     model, optimizer = plan.strategy.optimizer.step(state.optimizer, state.model, update)
     control = state.control
     digest = digest_of([model])
@@ -214,6 +236,7 @@ def _trained(
         digest=digest,
         control=control,
         optimizer=optimizer,
+        statistics=statistics,
         counted={**state.counted, **dict.fromkeys(ballot.admitted, number)},
         rounds=(*state.rounds, record),
     )

@@ -1,4 +1,5 @@
-"""A finished run becomes a folder that serves: `model.onnx`, `model.safetensors`, `contract.json`, `manifest.json`.
+"""A finished run becomes a folder that serves: `model.onnx`, `model.safetensors`, `contract.json`, `privacy.json`,
+`manifest.json`.
 
 A worker process traces the graph and answers probes with the torch model; here, without torch, onnxruntime must give
 the same answers to the same raw inputs before anything is written. The folder appears whole or not at all.
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from consortium.privacy.mechanisms import RESERVED
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.layout import Segment, Vector, digest_of
 from consortium.protocol.messages import Statistics
@@ -97,7 +99,7 @@ def export(
 
 def _documents(plan: Plan, outcome: Outcome, contract: Mapping[str, Any]) -> dict[str, bytes]:
     """What stands beside the model, as bytes by name."""
-    came, private = lineage.lineage(plan, outcome), lineage.privacy(plan)
+    came, private = lineage.lineage(plan, outcome), lineage.privacy(plan, outcome)
     judged, reference = lineage.evaluation(plan, outcome), lineage.reference(plan, outcome)
     bill = card.bill(contract, came, judged, contract["files"])
     documents: dict[str, Mapping[str, Any]] = {
@@ -126,7 +128,7 @@ def _give(folder: Path, model: Vector, local: Vector | None, statistics: Statist
     (folder / "model.bin").write_bytes(np.ascontiguousarray(model).tobytes())
     if local is not None:
         (folder / "local.bin").write_bytes(np.ascontiguousarray(local).tobytes())
-    arrays: dict[str, Any] = dict(statistics)
+    arrays: dict[str, Any] = {name: sums for name, sums in statistics.items() if name not in RESERVED}
     np.savez(folder / "statistics.npz", allow_pickle=False, **arrays)
 
 

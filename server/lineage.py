@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from consortium.protocol.errors import ConsortiumError
+from consortium.privacy.statement import of_run
 from consortium.protocol.sections import Numeric, TabularData
+from consortium.server import tally
 from consortium.server.records import Evaluation, Outcome, Plan
 
 FORMAT = 1
@@ -73,27 +74,9 @@ def made_after(outcome: Outcome) -> int:
     return judged.round if chosen and judged is not None else outcome.state.round
 
 
-def privacy(plan: Plan) -> dict[str, Any]:
-    """What protects the records that the model was trained on.
-
-    Raises:
-        ConsortiumError: the study asks for a mechanism of which the run says nothing.
-    """
-    mechanism = plan.study.privacy.mechanism
-    if mechanism != "none":
-        raise ConsortiumError(
-            f"study '{plan.study.name}': asks for {mechanism}, and the run left no privacy statement; not exported"
-        )
-    return {
-        "format": FORMAT,
-        "mechanism": "none",
-        "unit": None,
-        "epsilon": None,
-        "delta": None,
-        "statement": "No differential privacy: nothing bounds what the model, its updates or its evaluation tell of "
-        "one record. Records did not leave the sites; updates, statistics and counts did.",
-        "not_covered": ["the model's parameters", "statistics of the features", "evaluation counts"],
-    }
+def privacy(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    """What protects the records that the model was trained on, what each site spent, and what is not covered."""
+    return of_run(plan.study, tally.releases(outcome.state.rounds, plan.mechanism))
 
 
 # How it was judged

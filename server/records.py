@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol
 
+from consortium.privacy.mechanisms import Mechanism, mechanism_of
 from consortium.protocol.layout import Layout, Vector
 from consortium.protocol.messages import Statistics
 from consortium.protocol.study import Study
@@ -33,6 +35,11 @@ class Plan:
     prepares: bool = False
     spare: int = 0
     failures: int = 0
+
+    @cached_property
+    def mechanism(self) -> Mechanism | None:
+        """The mechanism of the study's privacy."""
+        return mechanism_of(self.study)
 
 
 @dataclass(frozen=True)

@@ -36,21 +36,26 @@ def check(
     path: Annotated[Path, typer.Argument(metavar="STUDY", help="The study file (TOML).")],
     as_json: Json = False,
 ) -> None:
-    """Read a study file and say what it does, or everything that is wrong with it.
+    """Read a study file and say what it does, what of the records leaves a site and what privacy that costs after each
+    round; or everything that is wrong with it.
 
     Example: consortium study check study.toml
     """
+    from consortium.privacy import statement
     from consortium.protocol.code import files
     from consortium.protocol.study import Study
 
     loaded = Study.load(path)
     files((loaded.task, loaded.strategy.name), loaded.folder)  # looked for and read, not run
-    summary = _summary(loaded)
+    privacy = statement.statement(loaded)
+    summary = {**_summary(loaded), "privacy": privacy}
     if as_json:
         typer.echo(json.dumps(summary))
         return
     for key, value in summary.items():
-        typer.echo(f"{key:12} {value}")
+        if key != "privacy":
+            typer.echo(f"{key:12} {value}")
+    typer.echo(statement.text(privacy))
     typer.echo(f"\nNext: consortium simulate {path} --data FILE ...")
 
 
@@ -284,7 +289,5 @@ def _summary(study: Any) -> dict[str, Any]:
         "strategy": study.strategy.table(),
         "cohort": f"{size or 'all'} sites a round{spare}, at least {study.cohort.min_sites} answers",
         "evaluation": f"{study.metric or 'no metric'}, the {study.evaluation.select} model is kept",
-        "leaves": "updates of shared weights, counts of metrics, and sums over declared ranges for preprocessing",
-        "privacy": "none: updates and counts are not noised and may reveal records",
         "export": study.export.formats,
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from consortium.privacy.mechanisms import Mechanism
 from consortium.protocol import metrics
 from consortium.protocol.messages import Answer, Statistics, sum_statistics
 from consortium.protocol.sections import LOWER_IS_BETTER
@@ -187,6 +188,22 @@ def _counts(reducer: Reducer, weight: float) -> float:
     if reducer.weight is None:
         return 1.0
     return reducer.weight(Contribution(0, np.empty(0), weight, 0.0))
+
+
+def releases(rounds: Sequence[Round], mechanism: Mechanism | None) -> dict[str, int]:
+    """How often each site released what its privacy is spent on, by site; empty without a mechanism.
+
+    A site that adds its noise itself may have released in every attempt that it was asked in, whether or not that
+    counted. What is noised at the server is released only in rounds that moved the model.
+    """
+    counts: dict[str, int] = {}
+    for record in rounds:
+        if mechanism is None or not record.round:
+            continue
+        central = mechanism.name == "central-gaussian"
+        for site in () if central and record.void else record.admitted if central else record.asked:
+            counts[site] = counts.get(site, 0) + 1
+    return counts
 
 
 def better(metric: str, one: Evaluation, other: Evaluation | None) -> bool:

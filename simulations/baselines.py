@@ -64,14 +64,13 @@ def one_room(study: Study, sources: Sequence[Source]) -> OneRoom:
     study = study.with_(evaluation={"auroc": "exact"})
     task = task_of(study)
     found = {source.site: rows(task, source) for source in sorted(sources, key=lambda source: source.site)}
-    if task.prepares:
-        step = task.preprocessing(sum_statistics([one.sums for one in found.values()]))
-        if step is not None:
-            with torch.no_grad():
-                found = {
-                    site: replace(one, inputs=step(one.inputs), test_inputs=step(one.test_inputs))
-                    for site, one in found.items()
-                }
+    step = task.preprocessing(sum_statistics([one.sums for one in found.values()]) if task.prepares else {})
+    if step is not None:
+        with torch.no_grad():
+            found = {
+                site: replace(one, inputs=step(one.inputs), test_inputs=step(one.test_inputs))
+                for site, one in found.items()
+            }
     tests = torch.cat([one.test_inputs for one in found.values()])
     return OneRoom(study, task, found, tests, torch.cat([one.test_targets for one in found.values()]))
 

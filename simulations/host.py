@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,8 @@ from threadpoolctl import threadpool_limits
 from consortium.client.site import Memory, Site, open_site
 from consortium.client.task import Source, Task
 from consortium.client.trainer import Resident, Schedule
+from consortium.privacy.mechanisms import Mechanism, mechanism_of
+from consortium.privacy.randomness import Stream
 from consortium.protocol.errors import ConsortiumError
 from consortium.protocol.layout import Kind, Layout, Vector
 from consortium.protocol.messages import Answer, Instruction, Payload, Statistics
@@ -58,6 +61,11 @@ class World:
     def layout(self) -> Layout:
         return self.net.layout
 
+    @cached_property
+    def mechanism(self) -> Mechanism | None:
+        """The mechanism of the study's privacy."""
+        return mechanism_of(self.study)
+
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The segments that an update has."""
@@ -66,8 +74,9 @@ class World:
     def open(self, index: int) -> Site:
         """The site `names[index]`."""
         site = open_site(
-            self.study, self.task, self.strategy.local, self.net, self.population.source(index), self.schedule
-        )
+            self.study, self.task, self.strategy.local, self.net, self.population.source(index), self.schedule,
+            partial(Stream.seeded, self.study.seed),
+        )  # fmt: skip
         return replace(site, name=self.population.names[index])
 
 

@@ -30,7 +30,9 @@ class Inline:
         cohort.sort()
         names, counted = self._world.population.names, instruction.counted
         admitted = np.fromiter((counted.get(names[i], 0) for i in cohort), np.int32, len(cohort))
-        gate = Gate(instruction, self._world.layout, self._world.study.cohort.max_weight)
+        gate = Gate(
+            instruction, self._world.layout, self._world.study.cohort.max_weight, self._world.mechanism
+        )
         self._question = Question(instruction, gate, cohort, admitted)
 
     def answers(self, deadline: float) -> Iterator[Answer | Block]:

@@ -349,7 +349,7 @@ def _question(world: World, areas: Areas, exchange: Exchange) -> Question:
         vector.flags.writeable = False
     statistics = exchange.instruction.payload.statistics
     instruction = replace(exchange.instruction, payload=Payload(vectors, statistics))
-    gate = Gate(instruction, world.layout, world.study.cohort.max_weight)
+    gate = Gate(instruction, world.layout, world.study.cohort.max_weight, world.mechanism)
     return Question(instruction, gate, areas.cohort[: exchange.slots], areas.admitted[: exchange.slots])
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from consortium.client.site import start
 from consortium.client.task import Source, task_of
 from consortium.client.trainer import Schedule, schedule
+from consortium.privacy.randomness import Stream
 from consortium.protocol.errors import InputError, nearest
 from consortium.protocol.layout import Layout, Vector
 from consortium.protocol.study import Study
@@ -151,7 +152,10 @@ def simulate(
         world = World(study, task, strategy, net, population, batches, table)
         with _runtime(world, processes) as clients:
             rng = random.Random(study.seed)  # noqa: S311 - a simulation is to be repeated
-            outcome = run(plan, clients, commits or InMemory(), clock=time.time, rng=rng, report=report)
+            draws = Stream.seeded(study.seed, "server")
+            outcome = run(
+                plan, clients, commits or InMemory(), clock=time.time, rng=rng, draws=draws, report=report
+            )
     return Result(study, net.layout, outcome)
 
 

@@ -78,8 +78,8 @@ class Reducer:
         (they are memory-mapped) and may reuse the arrays of the state that it is given.
     finish: state -> 1-D vector of the size and dtype; the state is used up. InputError with fewer updates than
         `minimum`.
-    sensitivity: n -> the L2 change of the result when one of n updates of norm 1 is replaced by zero; None where
-        no such bound holds (then differential privacy at the server is refused).
+    sensitivity: n -> s, where replacing one of n updates of norm C by zero changes the result by an L2 norm of at most
+        s * C, for every C; None where no such bound holds (then differential privacy at the server is refused).
     minimum: fewest updates for which the rule means anything; a round with fewer is void.
     scale, weight: where the rule is a sum, and so accepts `BlockSum`: the factor on a contribution's update, and
         its part of the divisor. The result is sum(scale * update) / sum(weight). They differ where updates are

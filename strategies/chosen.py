@@ -31,6 +31,13 @@ def strategy_of(study: Study) -> Strategy:
             )
     else:
         strategy = build(table, study.name)
+    if study.privacy.mechanism == "central-gaussian" and strategy.reducer.sensitivity(2) is None:
+        raise InputError(
+            f"{name}: its reducer states no sensitivity, so noise at the server would protect nobody; give it one, or "
+            'use privacy.mechanism = "dp-sgd" or "local-gaussian"'
+        )
+    if study.privacy.mechanism in ("central-gaussian", "local-gaussian") and strategy.local.control_variates:
+        raise InputError(f'{name}: control variates would need noise of their own; use mechanism = "dp-sgd"')
     if study.cohort.size is not None and strategy.selector is everyone:
         strategy = replace(strategy, selector=fixed_size(study.cohort.size))
     return strategy

@@ -58,7 +58,7 @@ def norm_bounded(bound: float, weighted: bool = True) -> Reducer:
     def scale(c: Contribution) -> float:
         return weight(c) * (bound / c.norm if c.norm > bound else 1.0)
 
-    return _summing(scale, weight, lambda n: None if weighted else min(1.0, bound) / n)
+    return _summing(scale, weight, lambda n: None if weighted else 1.0 / n)
 
 
 def accumulate(total: Vector, update: Vector, scale: float, scratch: Vector | None = None) -> None:

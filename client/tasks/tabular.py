@@ -7,6 +7,7 @@ all sites, from one exchange of sums over the declared ranges; it is also the fi
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
@@ -88,7 +89,10 @@ class Prepare(nn.Module):
 class _Tabular(Task):
     """What classifier and regressor share."""
 
-    prepares = True
+    @property
+    def prepares(self) -> bool:  # type: ignore[override] # of the study here
+        """Whether scales and medians are learnt; under differential privacy they are the middles of declared ranges."""
+        return self.study.privacy.mechanism == "none"
 
     @property
     def table(self) -> TabularData:
@@ -193,7 +197,8 @@ class _Tabular(Task):
         }
 
     def preprocessing(self, sums: Statistics) -> Prepare:
-        """The step from raw inputs to model inputs, from the sums of all sites.
+        """The step from raw inputs to model inputs, from the sums of all sites; under differential privacy from the
+        declared ranges alone, which costs nothing.
 
         What no data have is pulled back to what they can have (a mean within the range, a variance of at most a
         quarter of its square, no count below zero), so that a site that lies can make it useless, but no NaN.
@@ -202,6 +207,10 @@ class _Tabular(Task):
             InputError: the sums are not those of this study's features.
         """
         low, high = self.ranges
+        if not self.prepares:
+            # A number spread evenly over its range has a twelfth of the squared range as variance.
+            middle = (low + high) / 2
+            return Prepare(self, middle, middle, math.sqrt(12.0) / (high - low))
         shapes = {"histogram": (len(low), BINS), "count": low.shape, "sum": low.shape, "squares": low.shape}
         for name, shape in shapes.items():
             if name not in sums or sums[name].shape != shape or not np.isfinite(sums[name]).all():

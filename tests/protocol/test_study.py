@@ -139,7 +139,7 @@ def test_the_message_names_the_file_and_the_next_command(tmp_path: Path) -> None
         ('deadline = "10m"', 'deadline = "31d"', "cohort.deadline"),
         ('metric = "auroc"', 'metric = "rmse"', "evaluation.metric"),
         ('mechanism = "none"', 'mechanism = "none"\nepsilon = 3.0', "privacy.epsilon"),
-        ('mechanism = "none"', 'mechanism = "dp-sgd"', "privacy.mechanism"),
+        ('mechanism = "none"', 'mechanism = "distributed-skellam"', "privacy.mechanism"),
         ("secure_aggregation = false", "secure_aggregation = true", "privacy.secure_aggregation"),
         ('"safetensors"', '"pickle"', "export.formats.1"),
         ('"pre", "post"', '"pre", "pre"', "data.features.menopause.values"),
@@ -216,3 +216,81 @@ def test_durations() -> None:
     for wrong in ("", "10", "m", "-1s", True, None):
         with pytest.raises(ValueError, match="10m"):
             seconds(wrong)
+
+
+PRIVATE = 'mechanism = "dp-sgd"\nepsilon = 3.0\ndelta = 1e-5\nclip_norm = 1.0'
+
+
+def private(asked: str = PRIVATE, **others: tuple[str, str]) -> str:
+    """The good study with differential privacy; `others` replaces text elsewhere."""
+    text = GOOD.replace('mechanism = "none"', asked)
+    for old, new in others.values():
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+def test_a_study_may_ask_for_each_mechanism() -> None:
+    """dp-sgd by record and person with any strategy; noise on whole updates by site."""
+    assert Study.parse(private()).privacy.rate == 0.1
+    Study.parse(private(unit=('unit = "record"', 'unit = "person"')))
+    Study.parse(private(strategy=('"fedadam"\nserver_lr = 0.1', '"krum"')))
+    site = ('unit = "record"', 'unit = "site"')
+    plain = ('"fedadam"', '"fedadam"\nweighted = false')
+    central = PRIVATE.replace("dp-sgd", "central-gaussian")
+    Study.parse(private(central, unit=site, strategy=plain))
+    Study.parse(private(central + "\nclip_quantile = 0.5", unit=site, strategy=plain))
+    Study.parse(private(PRIVATE.replace("dp-sgd", "local-gaussian"), unit=site))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "right"),
+    [
+        ("epsilon = 3.0", "", "privacy.epsilon", "needs it"),
+        ("epsilon = 3.0", "epsilon = 0.0", "privacy.epsilon", "greater than 0"),
+        ("epsilon = 3.0", "epsilon = inf", "privacy.epsilon", "finite"),
+        ("delta = 1e-5", "delta = 1.0", "privacy.delta", "less than 1"),
+        ("delta = 1e-5", "delta = 0.01", "privacy.delta", "below 1 / 320"),
+        ("clip_norm = 1.0", "clip_norm = -1.0", "privacy.clip_norm", "greater than 0"),
+        ("clip_norm = 1.0", "clip_norm = 1.0\nsampling_rate = 1.5", "privacy.sampling_rate", "equal to 1"),
+        (
+            "clip_norm = 1.0",
+            "clip_norm = 1.0\nclip_quantile = 0.5",
+            "privacy.clip_quantile",
+            "central-gaussian",
+        ),
+        ('unit = "record"', 'unit = "site"', "privacy.unit", "central-gaussian"),
+        ('unit = "record"', 'unit = "person"', "data.person", "patient_id"),
+        ('metric = "auroc"', 'metric = "auroc"\nauroc = "exact"', "evaluation.auroc", "binned"),
+    ],
+)
+def test_a_mistake_about_privacy_is_named(old: str, new: str, key: str, right: str) -> None:
+    """One wrong thing is one problem, which says what would be right."""
+    text = private(change=(old, new))
+    if key == "data.person":
+        text = text.replace('person = "patient_id"\n', "")
+    found = problems(text)
+    assert list(found) == [key]
+    assert right in found[key]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "key", "right"),
+    [
+        ('"fedmedian"', "strategy.name", "fedavg"),
+        ('"krum"', "strategy.name", "dp-sgd"),
+        ('"scaffold"', "strategy.name", "control variates"),
+        ('"fedavg"', "strategy.weighted", "weighted = false"),
+        ('"fedyogi"\nweighted = true', "strategy.weighted", "weighted = false"),
+    ],
+)
+def test_noise_at_the_server_wants_a_strategy_with_a_sensitivity(strategy: str, key: str, right: str) -> None:
+    """Refused when the study is read, with what to use instead."""
+    central = private(
+        PRIVATE.replace("dp-sgd", "central-gaussian"),
+        unit=('unit = "record"', 'unit = "site"'),
+        strategy=('"fedadam"\nserver_lr = 0.1', strategy),
+    )
+    found = problems(central)
+    assert list(found) == [key]
+    assert right in found[key]

@@ -260,7 +260,7 @@ def test_norm_bound_holds(attack: list[float], bound: float, weight: float) -> N
     ("reducer", "n", "expected"),
     [
         (mean(), 4, 0.25),
-        (norm_bounded(0.5, weighted=False), 4, 0.125),
+        (norm_bounded(1.0, weighted=False), 4, 0.25),
         (norm_bounded(9.0, weighted=False), 4, 0.25),
     ],
 )
