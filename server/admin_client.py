@@ -1,6 +1,7 @@
 """How a command reaches a running server: the folder on the same machine, or an address, a token and the root.
 
---dir DIR        the server's folder: its admin door on loopback, with the token that `init` wrote there
+--dir DIR        the server's folder: its admin door, where server.toml says that it is, with the token that `init`
+                 wrote there
 --server URL     https://host:port; the token from CONSORTIUM_TOKEN or the file that CONSORTIUM_TOKEN_FILE names,
                  the federation's root certificate from the file that CONSORTIUM_ROOT names
 """
@@ -17,6 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from consortium.protocol.connection import Connection, StatusError, UnreachableError, proxy_for, trusting
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
+from consortium.server.sockets import EVERYWHERE
 from consortium.server.states import OVER
 
 TIMEOUT = 60.0
@@ -116,7 +118,8 @@ def connect(folder: Path | None, server: str | None, environment: Mapping[str, s
         return _remote(server, environment)
     place = folder or Path(environment.get("CONSORTIUM_SERVER_DIR", "."))
     try:
-        port = int(tomllib.loads((place / "server.toml").read_text(encoding="utf-8"))["admin_port"])
+        settings = tomllib.loads((place / "server.toml").read_text(encoding="utf-8"))
+        host, port = str(settings.get("admin_bind", "127.0.0.1")), int(settings["admin_port"])
         token = (place / "admin.token").read_text(encoding="utf-8").strip()
     except OSError as error:
         raise InputError(
@@ -128,7 +131,9 @@ def connect(folder: Path | None, server: str | None, environment: Mapping[str, s
             f"{place / 'server.toml'}: has no admin_port that can be read; correct it, the server says more: "
             f"consortium server start --dir {place}"
         ) from error
-    connection = Connection("127.0.0.1", port, trusting(place / "root.pem"), timeout=TIMEOUT)
+    if host in EVERYWHERE:
+        host = "127.0.0.1"
+    connection = Connection(host, port, trusting(place / "root.pem"), timeout=TIMEOUT)
     return Admin(connection, token, f"is the server running? Start it: consortium server start --dir {place}")
 
 

@@ -35,6 +35,7 @@ from consortium.protocol.signing import MODEL, raw, sign
 from consortium.server import pki
 from consortium.server.pki import Authority
 from consortium.server.roster import Issue, Roster
+from consortium.server.sockets import EVERYWHERE
 
 CONFIG = "server.toml"
 ROOT_KEY, ROOT, ISSUING, SERVER = "root.key", "root.pem", "issuing.pem", "server.pem"
@@ -57,6 +58,11 @@ class Config(Configuration):
     bind: Host = "0.0.0.0"  # noqa: S104 - sites come from elsewhere
     admin_bind: Host = "127.0.0.1"
     key_file: KeyFile = ""
+
+    @property
+    def names(self) -> list[str]:
+        """Names and addresses that the doors' certificate is for, beside those of this machine alone."""
+        return [self.host, *([] if self.admin_bind in EVERYWHERE else [self.admin_bind])]
 
 
 class Federation:
@@ -255,10 +261,11 @@ class Federation:
     # Successors
 
     def renew_if_due(self, now: float) -> bool:
-        """Replace the doors' certificate where two thirds of its life are over, or its host is another than the
+        """Replace the doors' certificate where two thirds of its life are over, or it lacks a name of the
         configuration's. New connections get the new one. Whether it was replaced."""
         with self._changing:
-            named = pki.general_name(self.config.host) in pki.names(self._leaf)
+            there = pki.names(self._leaf)
+            named = all(pki.general_name(one) in there for one in self.config.names)
             longest = self._issuing.certificate.not_valid_after_utc <= self._leaf.not_valid_after_utc
             if named and (longest or not credentials.due(self._leaf, now)):
                 return False
@@ -327,7 +334,7 @@ def new_issuing(folder: Path, root: Authority, federation: str, now: float, lock
 def new_leaf(folder: Path, issuing: Authority, config: Config, now: float, lock: Lock) -> None:
     """Make the doors' certificate and its key, in place of those before."""
     key = pki.new_key()
-    leaf = pki.server_leaf(key.public_key(), issuing, config.name, config.host, now)
+    leaf = pki.server_leaf(key.public_key(), issuing, config.name, config.names, now)
     credentials.save(folder / SERVER, key, [leaf, issuing.certificate], lock)
 
 

@@ -79,11 +79,11 @@ def issuing(
 
 
 def server_leaf(
-    key: ec.EllipticCurvePublicKey, issuer: Authority, federation: str, host: str, now: float
+    key: ec.EllipticCurvePublicKey, issuer: Authority, federation: str, hosts: Sequence[str], now: float
 ) -> x509.Certificate:
-    """The server's certificate for `host`, localhost and 127.0.0.1."""
+    """The server's certificate for `hosts`, localhost and 127.0.0.1."""
     builder = _issued(_name(federation, "server"), key, issuer, now, LEAF_LIFE)
-    names = [general_name(one) for one in dict.fromkeys([host, "localhost", "127.0.0.1"])]
+    names = [general_name(one) for one in dict.fromkeys([*hosts, "localhost", "127.0.0.1"])]
     return _leaf(builder, names, ExtendedKeyUsageOID.SERVER_AUTH).sign(issuer.key, hashes.SHA256())
 
 

@@ -27,7 +27,7 @@ from consortium.server.admin_door import AdminDoor
 from consortium.server.archive import Archive
 from consortium.server.enrolment import Enrolment
 from consortium.server.exchange import Exchange
-from consortium.server.federation import CHECKPOINTS, Federation
+from consortium.server.federation import CHECKPOINTS, CONFIG, Federation
 from consortium.server.listener import Caps, Listener
 from consortium.server.roster import Roster
 from consortium.server.runs import Runs
@@ -38,6 +38,8 @@ HOUSEKEEPING = 5.0
 """Seconds between two looks at what expires."""
 ENDING = 5.0
 """Seconds that requests under way have when the server ends."""
+FREED = 1.0
+"""Seconds that the enrolment door of before, which is closing, has to give its port back."""
 ENROLMENT = Caps(pending=64, per_address=8, seconds=5.0, body_seconds=10.0)
 ADMIN = Caps(pending=64, per_address=64, seconds=5.0, idle=60.0)
 
@@ -68,18 +70,20 @@ class Server:
         )
         self._enrolment_handler = Enrolment(federation, self.roster, self._follow_invitations)
         self._enrolment: Listener | None = None
-        self._lock = threading.Lock()
+        self._shut = ""  # why the enrolment door, which is wanted, is not open
+        self._lock = threading.RLock()
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """Open the doors, then take up unfinished runs.
+        """Open the doors, then take up unfinished runs. An enrolment port that is taken keeps nobody else from work.
 
         Raises:
-            InputError: a port is taken.
+            InputError: another port is taken.
         """
+        self.federation.renew_if_due(time.time())
         self.site_door.start()
         self.admin_door.start()
-        self._follow_invitations()
+        self._try_to_follow()
         self.runs.take_up()
         threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
 
@@ -125,10 +129,24 @@ class Server:
         }
 
     def invite(self, site: str, hours: float) -> dict[str, Any]:
-        """A one-time code for a site; the enrolment door opens for it."""
-        secret, expires = self.roster.invite(site, hours * 3600)
-        self._follow_invitations()
+        """A one-time code for a site; the enrolment door opens for it.
+
+        Raises:
+            InputError: the enrolment door cannot be opened; then an earlier code of the site stays good.
+        """
         config = self.federation.config
+        with self._lock:
+            try:
+                self._open_enrolment()
+            except InputError as error:
+                raise InputError(
+                    f"enrolment: {error} (enrol_port in {CONFIG}, then start the server again). No "
+                    f"code was made and nothing has changed; afterwards type: consortium server invite {site}"
+                ) from error
+            try:
+                secret, expires = self.roster.invite(site, hours * 3600)
+            finally:
+                self._follow_invitations()
         code = JoinCode(
             federation=config.name,
             site=site,
@@ -168,31 +186,49 @@ class Server:
                 before, advice = advice, self.federation.advice(time.time())
                 if advice != before and advice:
                     _log.warning("%s", advice)
-                self._follow_invitations()
+                self._try_to_follow()
                 self.federation.renew_if_due(time.time())
                 for site in self.roster.expired():
                     self.site_door.cut(site)
             except ConsortiumError as error:
                 _log.error("housekeeping: %s", error)
 
+    def _try_to_follow(self) -> None:
+        """As `_follow_invitations`; where the door cannot be opened that is said once, and tried again later."""
+        before, self._shut = self._shut, ""
+        try:
+            self._follow_invitations()
+        except InputError as error:
+            self._shut = str(error)
+            if self._shut != before:
+                _log.error("enrolment door: %s; invited sites cannot join until then", error)
+
+    def _open_enrolment(self) -> None:
+        """Open the enrolment door where it is closed, by whoever holds the lock."""
+        if self._enrolment is not None:
+            return
+        config, context = self.federation.config, self.federation.open_context
+        handle = self._enrolment_handler.handle
+        door = Listener(config.bind, config.enrol_port, context, handle, ENROLMENT, None)
+        end = time.monotonic() + FREED
+        while True:
+            try:
+                door.start()
+                break
+            except InputError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+        self._enrolment = door
+        _log.info("enrolment door: open on port %d", door.port)
+
     def _follow_invitations(self) -> None:
         """Open the enrolment door while an invitation is outstanding, and close it when none is."""
         with self._lock:
             wanted = self.roster.outstanding() and not self._ended.is_set()
-            if wanted and self._enrolment is None:
-                config = self.federation.config
-                door = Listener(
-                    config.bind,
-                    config.enrol_port,
-                    self.federation.open_context,
-                    self._enrolment_handler.handle,
-                    ENROLMENT,
-                    None,
-                )
-                door.start()
-                self._enrolment = door
-                _log.info("enrolment door: open on port %d", door.port)
-            elif not wanted and self._enrolment is not None:
+            if wanted:
+                self._open_enrolment()
+            elif self._enrolment is not None:
                 door, self._enrolment = self._enrolment, None
                 # Not by the thread of the request that closed it: that one still answers.
                 threading.Thread(target=door.stop, args=(ENDING,), daemon=True).start()

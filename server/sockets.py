@@ -10,6 +10,8 @@ import struct
 
 from consortium.protocol.errors import InputError
 
+EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - they are compared
+"""What stands for every address of this machine."""
 BACKLOG = 1024
 UNSENT = 1 << 17
 """Bytes that may wait in the kernel to be sent: so a slow peer shows progress often, and takes little memory."""

@@ -51,7 +51,7 @@ class World:
     def server(self, host: str = HOST, now: float = NOW) -> Path:
         """A file with a server's key and chain."""
         key = pki.new_key()
-        leaf = pki.server_leaf(key.public_key(), self.issuing, "lung", host, now)
+        leaf = pki.server_leaf(key.public_key(), self.issuing, "lung", [host], now)
         path = self.folder / f"server-{key.private_numbers().private_value % 10**8}.pem"
         credentials.save(path, key, [leaf, self.issuing.certificate], LOCK)
         return path
@@ -133,7 +133,7 @@ def test_the_longest_names_fit() -> None:
     root = Authority(key, pki.root(key, "f" * 63, NOW))
     issuing = Authority(key, pki.issuing(key, root, "f" * 63, NOW))
     assert pki.site_leaf(key.public_key(), issuing, "f" * 63, "s" * 63, NOW).chain
-    assert pki.names(pki.server_leaf(key.public_key(), issuing, "f" * 63, "h" * 63 + ".example.org", NOW))
+    assert pki.names(pki.server_leaf(key.public_key(), issuing, "f" * 63, ["h" * 63 + ".example.org"], NOW))
 
 
 # Requests
