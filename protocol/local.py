@@ -15,8 +15,11 @@ from typing import Any
 
 from consortium.protocol.errors import ConsortiumError, IntegrityError
 
-MAX_MESSAGE = 1 << 28
-"""Bytes of one JSON object; models are not in it."""
+MAX_MESSAGE = 1 << 24
+"""Bytes of one JSON object; models are not in it. A thousand sites' instructions take 2 MiB, and the lineage of a model
+after a thousand rounds of a hundred sites 5."""
+MOST_VALUES = 1 << 20
+"""Values in one JSON object, which take up to a hundred bytes of memory each."""
 MAX_FILES = 4
 
 
@@ -29,8 +32,11 @@ def send(connection: socket.socket, document: Mapping[str, Any], files: Sequence
 
     Raises:
         ClosedError: the other end is gone.
+        ConsortiumError: the document is longer than what is read of one.
     """
     content = json.dumps(document, separators=(",", ":")).encode()
+    if len(content) > MAX_MESSAGE:
+        raise ConsortiumError(f"local message: {len(content)} bytes, of which at most {MAX_MESSAGE} are read")
     first = len(content).to_bytes(4, "big")
     try:
         socket.send_fds(connection, [first], list(files))
@@ -57,8 +63,8 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
         if length > MAX_MESSAGE:
             raise IntegrityError(f"local message: {length} bytes; at most {MAX_MESSAGE} are read")
         try:
-            document = json.loads(_exactly(connection, length))
-        except ValueError as error:
+            document = _parsed(_exactly(connection, length))
+        except (ValueError, RecursionError) as error:
             raise IntegrityError("local message: is not JSON") from error
         if not isinstance(document, dict):
             raise IntegrityError("local message: is not a JSON object")
@@ -66,6 +72,13 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
         close(files)
         raise
     return document, files
+
+
+def _parsed(content: bytes) -> Any:
+    """JSON, once what it can take of memory is known to be little."""
+    if sum(content.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
+        raise IntegrityError(f"local message: more than {MOST_VALUES} values")
+    return json.loads(content)
 
 
 def _exactly(connection: socket.socket, length: int) -> bytes:

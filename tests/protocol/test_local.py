@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consortium.protocol.errors import IntegrityError
-from consortium.protocol.local import MAX_MESSAGE, ClosedError, close, receive, send
+from consortium.protocol.errors import ConsortiumError, IntegrityError
+from consortium.protocol.local import MAX_MESSAGE, MOST_VALUES, ClosedError, close, receive, send
 
 Pair = tuple[socket.socket, socket.socket]
+
+
+def framed(content: bytes) -> bytes:
+    """A message of any content."""
+    return len(content).to_bytes(4, "big") + content
 
 
 @pytest.fixture
@@ -72,6 +79,7 @@ def test_the_end_of_the_other_process_is_an_error_of_its_own(pair: Pair) -> None
         ((MAX_MESSAGE + 1).to_bytes(4, "big"), IntegrityError),
         (b"\x00\x00\x00\x09{", ClosedError),
         (b"\x00\x00", ClosedError),
+        (framed(b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"), IntegrityError),
     ],
 )
 def test_what_is_no_message_is_refused(pair: Pair, sent: bytes, error: type[Exception]) -> None:
@@ -80,3 +88,28 @@ def test_what_is_no_message_is_refused(pair: Pair, sent: bytes, error: type[Exce
     pair[0].shutdown(socket.SHUT_WR)
     with pytest.raises(error):
         receive(pair[1])
+
+
+@pytest.mark.parametrize("piece", [b"[],", b"{},", b"[[[[[[]]]]]],", b"1,"])
+def test_a_document_takes_little_memory(pair: Pair, piece: bytes) -> None:
+    """As many small values as fit: refused before they are parsed, at the price of the bytes alone."""
+    count = (MAX_MESSAGE - 100) // len(piece)
+    content = b'{"a":[' + piece * count + b"0]}"
+    assert content.count(b",") + content.count(b"[") + content.count(b"{") > MOST_VALUES
+    sending = threading.Thread(target=pair[0].sendall, args=(framed(content),))
+    sending.start()
+    tracemalloc.start()
+    with pytest.raises(IntegrityError, match="values"):
+        receive(pair[1])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    sending.join(10)
+    assert most < 3 * MAX_MESSAGE
+
+
+def test_a_document_that_nobody_would_read_is_not_sent(pair: Pair) -> None:
+    """The sender is told, and nothing is on its way."""
+    with pytest.raises(ConsortiumError, match="at most"):
+        send(pair[0], {"a": "x" * MAX_MESSAGE})
+    send(pair[0], {"a": 1})
+    assert receive(pair[1]) == ({"a": 1}, [])
