@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from consortium.protocol.errors import InputError
-from consortium.server.serving import registry_cli
+from consortium.server.serving import registry_cli, serve_cli
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,13 +31,14 @@ model = typer.Typer(
 
 @model.callback()
 def _model() -> None:
-    """Verify, show and use an exported model; keep models by version.
+    """Verify, show and use an exported model; keep models by version; serve them.
 
     Example: consortium model predict out/model --in patients.csv --out predictions.csv
     """
 
 
 registry_cli.add_to(model)
+serve_cli.add_to(model)
 
 Folder = Annotated[
     Path,

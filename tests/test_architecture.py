@@ -42,7 +42,11 @@ HEAVY = {
     "sklearn", "sqlalchemy", "torch",
 }  # fmt: skip
 
-USED_THROUGH_ANOTHER = {"onnxscript", "pyarrow"}  # by torch.onnx, and by pandas for Parquet
+USED_THROUGH_ANOTHER = {
+    "httptools",
+    "onnxscript",
+    "pyarrow",
+}  # by uvicorn, torch.onnx, and pandas for Parquet
 COMES_WITH_ANOTHER = {"pydantic-core", "onnx-ir"}  # pydantic and onnxscript pin them
 
 

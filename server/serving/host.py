@@ -1,0 +1,314 @@
+"""The program that serves: a bundle or a registry behind two doors, until it is told to end.
+
+DIR/tokens.json            who may ask
+DIR/server.pem root.pem    its certificate, made where none is given, and the root that callers trust
+DIR/records/               audit and feedback
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import uvicorn
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from consortium.protocol import credentials
+from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
+from consortium.protocol.files import private_folder, write_private
+from consortium.server import pki, seal
+from consortium.server.serving import engine, registry, rpc, tokens, web
+from consortium.server.serving.bounded import BoundedProtocol
+from consortium.server.serving.counters import Counters
+from consortium.server.serving.desk import Desk
+from consortium.server.serving.engine import Engine, Loaded, Offered
+from consortium.server.serving.registry import Registry, Shelf
+from consortium.server.serving.service import Service
+
+LOOK_EVERY = 0.2
+"""Seconds between two looks at the registry and the tokens."""
+MOST_CONNECTIONS = 512
+_ENDING = 10
+"""Seconds that requests under way have, once the program is told to end."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """path: a bundle or a registry. folder: the program's own. A port of 0 takes a free one; grpc_port None opens none.
+
+    certificate: (chain, key) as PEM files, None to make them. client_ca: callers must show a certificate by it.
+    roots: fingerprints of federations whose models are served. unsigned: a simulation's model too.
+    """
+
+    path: Path
+    folder: Path
+    host: str = "127.0.0.1"
+    port: int = 8443
+    grpc_port: int | None = 8444
+    certificate: tuple[Path, Path] | None = None
+    client_ca: Path | None = None
+    roots: tuple[str, ...] = ()
+    unsigned: bool = False
+
+
+def serve(settings: Settings, ready: Callable[[dict[str, Any]], None]) -> None:
+    """Serve until SIGTERM or SIGINT. ready: told where, once the doors are open.
+
+    Raises:
+        InputError, IntegrityError, RefusedError: a setting is wrong, or what should be served is refused.
+    """
+    asyncio.run(_serve(settings, ready))
+
+
+async def _serve(settings: Settings, ready: Callable[[dict[str, Any]], None]) -> None:
+    private_folder(settings.folder)
+    watcher = Watcher(settings)
+    service = Service(
+        Engine(watcher.first()),
+        Desk(settings.folder / "records", time.time),
+        Counters(),
+        tokens.read(settings.folder),
+    )
+    if not service.callers:
+        raise RefusedError(
+            f"{settings.folder}: nobody may ask yet; make a token first: consortium model token NAME --dir "
+            f"{settings.folder}"
+        )
+    context, grpc_credentials = _credentials(settings)
+    config = uvicorn.Config(
+        web.app(service), http=BoundedProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
+        proxy_headers=False, server_header=False, limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=30,
+        timeout_graceful_shutdown=_ENDING, ssl_context_factory=lambda *_: context,
+    )  # fmt: skip
+    listening = _listen(settings.host, settings.port)
+    about = {"rest": f"https://{_bracketed(settings.host)}:{listening.getsockname()[1]}", "grpc": None}
+    door = None
+    if settings.grpc_port is not None:
+        address = f"{_bracketed(settings.host)}:{settings.grpc_port}"
+        door, port = rpc.server(service, address, grpc_credentials, MOST_CONNECTIONS)
+        await door.start()
+        about["grpc"] = f"{_bracketed(settings.host)}:{port}"
+    server = _Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, server.end)
+    watching = asyncio.create_task(_watch(watcher, service, settings.folder))
+    telling = asyncio.create_task(_tell(server, about, service, ready))
+    try:
+        await server.serve([listening])
+    finally:
+        for task in (watching, telling):
+            task.cancel()
+        if door is not None:
+            await door.stop(_ENDING)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, ended by us: its own handlers raise the signal again in the end, and the exit code tells of that."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+    def end(self) -> None:
+        """Answer what is under way, take nothing new."""
+        self.should_exit = True
+
+
+async def _tell(
+    server: uvicorn.Server, about: dict[str, Any], service: Service, ready: Callable[[dict[str, Any]], None]
+) -> None:
+    while not server.started:
+        await asyncio.sleep(0.01)
+    models = {name: one.default and one.default.version for name, one in service.engine.offered.items()}
+    ready({**about, "models": models})
+
+
+async def _watch(watcher: Watcher, service: Service, folder: Path) -> None:
+    """Follow the registry and the tokens. What is damaged is told and changes nothing, but a withdrawal counts."""
+    _mark(service)
+    told = ""
+    stamp = _stamp(folder / tokens.FILE)
+    while True:
+        await asyncio.sleep(LOOK_EVERY)
+        try:
+            offered = await asyncio.to_thread(watcher.again)
+            if offered is not None:
+                service.engine.offered = offered
+                _mark(service)
+            if (now := _stamp(folder / tokens.FILE)) != stamp:
+                service.callers, stamp = tokens.read(folder), now
+            told = ""
+        except (ConsortiumError, OSError) as error:
+            if str(error) != told:
+                _log.error("%s; what was served before goes on", error)
+                told = str(error)
+
+
+def _mark(service: Service) -> None:
+    service.counters.live.clear()
+    for name, one in service.engine.offered.items():
+        if one.default is not None:
+            service.counters.live.labels(name, one.default.version, one.default.digest).set(1)
+            _log.info("%s: version %s is served, bundle %s", name, one.default.version, one.default.digest)
+        else:
+            _log.warning("%s: no version is served", name)
+
+
+class Watcher:
+    """What should be served, from a bundle's folder or a registry."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._path = registry.locate(str(settings.path), time.time)
+        self._registry = Registry(self._path, time.time) if (self._path / registry.STATE).exists() else None
+        self._seen: object = None
+        self._loaded: dict[tuple[str, int], Loaded] | None = None
+
+    def first(self) -> dict[str, Offered]:
+        """All of it.
+
+        Raises:
+            InputError, IntegrityError: it is not there, or refused.
+        """
+        if self._registry is not None:
+            self._seen = _stamp(self._path / registry.STATE)
+            return self._offered()
+        one = engine.load(self._path, "", "1", self._settings.roots, self._settings.unsigned)
+        name = str(one.contract["study"]["name"])
+        one = Loaded(name, one.version, one.digest, one.contract, one.lineage, one.card, one.lane)
+        return {name: Offered(one, {one.version: one})}
+
+    def again(self) -> dict[str, Offered] | None:
+        """What should be served now, if that may be something else than before."""
+        if self._registry is None:
+            try:
+                seal.refuse_withdrawn(self._path)
+            except ConsortiumError:
+                name = str(json.loads((self._path / seal.CONTRACT).read_bytes())["study"]["name"])
+                return {name: Offered(None, {})}
+            return None
+        stamp = _stamp(self._path / registry.STATE)
+        if stamp == self._seen:
+            return None
+        found = self._offered()
+        self._seen = stamp
+        return found
+
+    def _offered(self) -> dict[str, Offered]:
+        """By model the champion, and the candidate for whoever names it; versions that are loaded stay."""
+        assert self._registry is not None
+        found, kept = {}, {}
+        for name, shelf in self._registry.state().models.items():
+            numbers = [one for one in (shelf.champion, shelf.candidate) if one is not None]
+            versions = {}
+            for number in numbers:
+                try:
+                    kept[name, number] = versions[str(number)] = self._version(name, shelf, number)
+                except ConsortiumError as error:
+                    if self._loaded is None:
+                        raise
+                    _log.error("%s; it is not served", error)
+            found[name] = Offered(versions.get(str(shelf.champion)), versions)
+        self._loaded = kept
+        return found
+
+    def _version(self, name: str, shelf: Shelf, number: int) -> Loaded:
+        if self._loaded is not None and (name, number) in self._loaded:
+            return self._loaded[name, number]
+        assert self._registry is not None
+        place = self._registry.bundle(name, shelf, number)
+        return engine.load(place, name, str(number), self._settings.roots, self._settings.unsigned)
+
+
+def _stamp(path: Path) -> object:
+    with contextlib.suppress(FileNotFoundError):
+        about = path.stat()
+        return about.st_ino, about.st_mtime_ns, about.st_size
+    return None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Named, or asyncio does not see TCP, leaves Nagle's algorithm on, and answers wait for 40 ms.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        listening.close()
+        raise InputError(
+            f"{host}:{port}: cannot be listened on ({error.strerror}); give another --host or --port"
+        ) from error
+    return listening
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _credentials(settings: Settings) -> tuple[ssl.SSLContext, grpc.ServerCredentials]:
+    """For both doors: TLS 1.3 at the REST door, and callers' certificates where a `client_ca` is given."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    with _naming_files():
+        if settings.certificate is not None:
+            chain, key = settings.certificate
+            context.load_cert_chain(chain, key)
+            pair = key.read_bytes(), chain.read_bytes()
+        else:
+            pair = _own(settings, context)
+        ca = None
+        if settings.client_ca is not None:
+            ca = settings.client_ca.read_bytes()
+            context.load_verify_locations(cadata=ca.decode())
+            context.verify_mode = ssl.CERT_REQUIRED
+    return context, grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+
+
+@contextlib.contextmanager
+def _naming_files() -> Iterator[None]:
+    try:
+        yield
+    except ssl.SSLError as error:
+        raise InputError(
+            f"--cert, --key or --client-ca: is no PEM as expected, or key and certificate differ ({error.reason})"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def _own(settings: Settings, context: ssl.SSLContext) -> tuple[bytes, bytes]:
+    """Key and chain of the certificate in the folder, made where it is missing, over or for another host."""
+    folder, now = settings.folder, time.time()
+    path = folder / "server.pem"
+    lock = credentials.lock_at(folder.with_name(folder.name + ".key"))
+    if path.exists():
+        _, chain = credentials.load(path, lock)
+        stale = credentials.due(chain[0], now) or pki.general_name(settings.host) not in pki.names(chain[0])
+    if not path.exists() or stale:
+        root_key, key = pki.new_key(), pki.new_key()
+        root = pki.root(root_key, "served models", now)
+        issuer = pki.Authority(
+            root_key, root
+        )  # its key is not kept: the next certificate has a root of its own
+        leaf = pki.server_leaf(key.public_key(), issuer, "served models", settings.host, now)
+        write_private(folder / "root.pem", credentials.pem([root]))
+        credentials.save(path, key, [leaf], lock)
+    key, chain = credentials.load(path, lock)
+    credentials.present(context, path, lock)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return private, credentials.pem(chain)

@@ -1,0 +1,117 @@
+"""The commands that serve a model: `consortium model serve | token`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Dir = Annotated[
+    Path, typer.Option("--dir", help="The serving program's folder: tokens, certificate, records.")
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to `consortium model`."""
+    app.command()(serve)
+    app.command()(token)
+
+
+def serve(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A registry: its champions. Or the folder of one exported model."
+        ),
+    ],
+    folder: Dir,
+    host: Annotated[str, typer.Option("--host", help="The address or name to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Of REST; 0: a free one.")] = 8443,
+    grpc_port: Annotated[
+        int, typer.Option("--grpc-port", min=-1, max=65535, help="Of gRPC; 0: a free one, -1: none.")
+    ] = 8444,
+    cert: Annotated[
+        Path | None,
+        typer.Option("--cert", help="The certificate chain (PEM); made in DIR where it is left out."),
+    ] = None,
+    key: Annotated[Path | None, typer.Option("--key", help="Its private key (PEM).")] = None,
+    client_ca: Annotated[
+        Path | None,
+        typer.Option("--client-ca", help="Callers must show a certificate by this authority (PEM)."),
+    ] = None,
+    root: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--root", help="Fingerprint of the root of a federation whose models may be served; repeatable."
+        ),
+    ] = None,
+    unsigned: Annotated[bool, typer.Option("--unsigned", help="Serve a simulation's model too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Say where it listens as one JSON line.")] = False,
+) -> None:
+    """Serve predictions over TLS: Open Inference Protocol, REST and gRPC, for whoever has a token.
+
+    A registry is followed: a promotion, a rollback or a withdrawal counts within a second, and loses no request.
+
+    Example: consortium model serve models --dir serving --root 3f1c...
+    """
+    from consortium.protocol.errors import InputError
+    from consortium.server import seal
+    from consortium.server.serving.host import Settings
+    from consortium.server.serving.host import serve as run
+
+    if (cert is None) != (key is None):
+        raise InputError("--cert and --key belong together; give both, or neither")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    settings = Settings(
+        path=path,
+        folder=folder,
+        host=host,
+        port=port,
+        grpc_port=None if grpc_port < 0 else grpc_port,
+        certificate=(cert, key) if cert is not None and key is not None else None,
+        client_ca=client_ca,
+        roots=seal.fingerprints(tuple(root or ())),
+        unsigned=unsigned,
+    )
+
+    def ready(about: dict[str, Any]) -> None:
+        if as_json:
+            typer.echo(json.dumps(about))
+            return
+        for name, version in about["models"].items():
+            typer.echo(
+                f"{name}: " + (f"version {version}" if version else "no version is served; promote one")
+            )
+        typer.echo(f"REST   {about['rest']}")
+        if about["grpc"]:
+            typer.echo(f"gRPC   {about['grpc']}")
+        if cert is None:
+            typer.echo(f"root   {folder / 'root.pem'}, which callers trust")
+        sys.stdout.flush()
+
+    run(settings, ready)
+
+
+def token(
+    name: Annotated[str, typer.Argument(help="Whose token: a person's or a program's name.")],
+    folder: Dir,
+    role: Annotated[
+        str, typer.Option("--role", help="caller: predictions. monitor: metrics and lineage. admin: both.")
+    ] = "caller",
+    remove: Annotated[bool, typer.Option("--remove", help="Make that name's token worthless.")] = False,
+) -> None:
+    """Make a token, which is printed once and kept as its digest, in place of that name's earlier one.
+
+    Example: consortium model token ward-3 --dir serving
+    """
+    from consortium.server.serving import tokens
+
+    if remove:
+        tokens.remove(folder, name)
+        typer.echo(f"the token of '{name}' is worthless now")
+        return
+    typer.echo(tokens.new(folder, name, role))

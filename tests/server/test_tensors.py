@@ -1,0 +1,133 @@
+"""What a request may hold: the contract, checked exactly, and everything wrong with it said at once."""
+
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consortium.server.serving import wire
+from consortium.server.serving.tensors import Given, RequestError, checked
+
+NUMBER = {"name": "x", "kind": "numeric", "min": -1.0, "max": 0.3, "dtype": "float32", "missing": "median"}
+CODE = {"name": "c", "kind": "categorical", "values": ["no", "yes"], "missing": "median"}
+IMAGE = {"name": "i", "kind": "tensor", "shape": [2, 2], "dtype": "uint8"}
+
+
+def one(declared: dict[str, Any], datatype: str, shape: tuple[int, ...], data: Any) -> Any:
+    return checked([declared], [Given(declared["name"], datatype, shape, data)])[declared["name"]]
+
+
+def test_right_tensors_come_through() -> None:
+    """Nested or flat JSON, binary, ends of the range in float32, missing as null or NaN, codes, whole numbers."""
+    np.testing.assert_array_equal(
+        one(NUMBER, "FP32", (2, 1), [[-1], [0.3]])[:, 0], np.array([-1, 0.3], np.float32)
+    )
+    assert np.isnan(one(NUMBER, "FP32", (1, 1), [None])).all()
+    raw = np.array([0.3, np.nan], "<f4").tobytes()
+    assert one(NUMBER, "FP32", (2, 1), raw).dtype == np.float32
+    assert one(CODE, "BYTES", (2, 1), ["yes", ""]).tolist() == [["yes"], [""]]
+    framed = struct.pack("<I", 3) + b"yes" + struct.pack("<I", 0)
+    assert one(CODE, "BYTES", (2, 1), framed).tolist() == [["yes"], [""]]
+    assert one(IMAGE, "UINT8", (1, 2, 2), [[[0, 255], [1, 2]]]).dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("declared", "datatype", "shape", "data", "reason"),
+    [
+        (NUMBER, "FP64", (1, 1), [0.0], "has datatype 'FP64'; FP32 is expected"),
+        (NUMBER, "FP32", (1,), [0.0], r"has shape \[1\]; \[rows, 1\] is expected"),
+        (NUMBER, "FP32", (0, 1), [], "has 0 rows"),
+        (NUMBER, "FP32", (2**39, 1), [0.0], "rows; 1 to"),
+        (NUMBER, "FP32", (2, 1), [0.0], "has 1 values; its shape says 2"),
+        (NUMBER, "FP32", (2, 1), [[0.0], 1.0], "mixes lists and values"),
+        (NUMBER, "FP32", (1, 1), ["0"], "holds texts; numbers"),
+        (NUMBER, "FP32", (1, 1), [True], "holds true or false"),
+        (NUMBER, "FP32", (1, 1), [10**400], "too large"),
+        (NUMBER, "FP32", (2, 1), [0.0, 0.31], r"is 0\.31 in row 2; -1 to 0\.3 is the declared range"),
+        (NUMBER, "FP32", (1, 1), struct.pack("<f", float("inf")), "is infinite in row 1"),
+        (NUMBER, "FP32", (2, 1), b"1234", "has 4 bytes; 8 are expected"),
+        ({**NUMBER, "missing": "refuse"}, "FP32", (1, 1), [None], "holds null; the model refuses"),
+        ({**NUMBER, "missing": "refuse"}, "FP32", (1, 1), struct.pack("<f", float("nan")), "not a number in row 1"),
+        (CODE, "BYTES", (1, 1), ["maybe"], "is 'maybe' in row 1; one of 'no', 'yes'"),
+        (CODE, "BYTES", (1, 1), [1], "holds numbers; texts"),
+        (CODE, "BYTES", (1, 1), b"\xff\xff\xff\xff", "text 1 claims 4294967295 bytes"),
+        (CODE, "BYTES", (1, 1), struct.pack("<I", 2) + b"no!", "has 1 bytes after"),
+        (CODE, "BYTES", (1, 1), struct.pack("<I", 1) + b"\xff", "not UTF-8"),
+        ({**CODE, "missing": "refuse"}, "BYTES", (1, 1), [""], "has no value in row 1"),
+        (IMAGE, "UINT8", (1, 2, 2), [0, 1, 2, 256], "numbers beyond 0 to 255"),
+        (IMAGE, "UINT8", (1, 2, 2), [0, 1, 2, 0.5], "holds fractions"),
+    ],
+)  # fmt: skip
+def test_wrong_tensors_are_named(declared: Any, datatype: str, shape: Any, data: Any, reason: str) -> None:
+    """Each mistake has its own words."""
+    with pytest.raises(RequestError, match=reason):
+        one(declared, datatype, shape, data)
+
+
+def test_all_mistakes_are_said_at_once() -> None:
+    """Absent, unknown (with the nearest name) and doubled inputs, and different numbers of rows."""
+    x = Given("x", "FP32", (2, 1), [0.0, 0.0])
+    with pytest.raises(RequestError) as caught:
+        checked([NUMBER, CODE], [x, x, Given("xx", "FP32", (1, 1), [0.0])])
+    for part in (
+        "'xx': the model takes no such input, did you mean 'x'?",
+        "given twice",
+        "'c': is missing; BYTES",
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(RequestError, match=r"different numbers of rows: \[1, 2\]"):
+        checked([NUMBER, CODE], [x, Given("c", "BYTES", (1, 1), ["no"])])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+INPUT = st.fixed_dictionaries(
+    {},
+    optional={
+        "name": st.sampled_from(["x", "c", "i"]) | JSON,
+        "datatype": st.sampled_from(["FP32", "BYTES", "UINT8", "FP64", "BOOL"]) | JSON,
+        "shape": st.lists(st.integers(-2, 5), max_size=4) | st.lists(st.integers(), max_size=3) | JSON,
+        "data": st.lists(st.floats() | st.integers() | st.none() | st.sampled_from(["no", "yes"]), max_size=8) | JSON,
+        "parameters": st.fixed_dictionaries({"binary_data_size": st.integers(-3, 40) | JSON}) | JSON,
+    },
+)  # fmt: skip
+REQUEST = st.fixed_dictionaries(
+    {},
+    optional={"inputs": st.lists(INPUT, max_size=4) | JSON, "outputs": JSON, "id": JSON, "parameters": JSON},
+)
+
+
+@settings(max_examples=3000, deadline=None)
+@given(
+    REQUEST | JSON, st.binary(max_size=40), st.none() | st.integers(-5, 300).map(str) | st.text(max_size=4)
+)
+def test_nothing_that_can_be_sent_gets_beyond_a_request_error(
+    document: Any, tail: bytes, length: str | None
+) -> None:
+    """Whatever the body and its header: it is refused with RequestError, or its arrays are what the contract says."""
+    body = json.dumps(document).encode()
+    if length == "0" or length is None:
+        length = str(len(body)) if length == "0" else None
+    try:
+        asked = wire.parse(body + tail, length)
+        arrays = checked([NUMBER, CODE, IMAGE], asked.given)
+    except RequestError as error:
+        json.dumps(str(error))
+        return
+    assert {array.dtype.kind for array in arrays.values()} == {"f", "O", "u"}
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_json(content: bytes) -> None:
+    """Random bytes, deep nesting and endless numbers are refused in words."""
+    for body in (content, b"[" * 100_000, b'{"inputs":' * 5000, b"9" * 5000, b'{"id": NaN}'):
+        with pytest.raises(RequestError):
+            wire.parse(body, None)
