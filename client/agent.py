@@ -263,7 +263,9 @@ class Agent:
         if taken.reason or taken.study is None:
             raise RefusedError(taken.reason)
         self._hand.show(taken, "training" if taken.about.kind == "train" else "working")
-        answered = self._work.answer(Given(taken.header, taken.about, taken.content, taken.study))
+        answered = self._work.answer(
+            Given(taken.header, taken.about, taken.content, taken.study, taken.model)
+        )
         _check_answer(taken, answered)
         self._hand.show(taken, "sending")
         return answered
@@ -277,8 +279,19 @@ class Agent:
     def _send(self, taken: Taken, answered: Answered) -> None:
         about = taken.about
         signature = sign(self._identity, ANSWER, answered.header)
-        letter = Letter(about.nonce, about.run, answered.header, signature, answered.content, about.expires)
-        self._outbox.put(letter)
+        size = parse(answered.header).length
+        self._outbox.put(
+            Letter(
+                about.nonce,
+                about.run,
+                answered.header,
+                signature,
+                answered.content,
+                size,
+                answered.key,
+                about.expires,
+            )
+        )
 
     def _sent(self, letter: Letter, outcome: Outcome, why: str) -> None:
         """The outbox is through with a letter."""
@@ -306,7 +319,7 @@ def _unexpected(error: Exception) -> Exception | None:
 def _check_answer(taken: Taken, answered: Answered) -> None:
     """Raises IntegrityError where what the work gave is no answer to this very instruction: it is not signed then."""
     parsed = parse(answered.header)
-    size = os.fstat(answered.content.fileno()).st_size if answered.content is not None else 0
+    size = answered.size
     echoed = all(parsed.fields.get(name) == getattr(taken.about, name) for name in _ECHOED)
-    if parsed.type != "answer" or not echoed or parsed.length != size:
+    if parsed.type != "answer" or not echoed or parsed.length > size:
         raise IntegrityError("what the worker gave is not an answer to the instruction")

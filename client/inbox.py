@@ -53,13 +53,18 @@ class Dropped(ConsortiumError):  # noqa: N818 - it is what happened, not a mista
 
 @dataclass(frozen=True)
 class Taken:
-    """A genuine instruction for this site. reason: why it cannot be done, empty where it can; then study is there."""
+    """A genuine instruction for this site.
+
+    reason: why it cannot be done, empty where it can; then study is there.
+    model: SHA-256 of the model that the content begins with, "" where it does not.
+    """
 
     header: bytes
     about: Instruction
     content: BinaryIO | None = None
     study: Study | None = None
     reason: str = ""
+    model: str = ""
     bundle: Bundle | None = None
 
 
@@ -116,15 +121,16 @@ class Inbox:
             reply.close()
             raise error if isinstance(error, Dropped) else Dropped(str(error)) from error
         reason = self._unfit(parsed, about, reply)
-        content: BinaryIO | None = None
+        content, model = None, ""
         if not reason:
             self._seen.accept(about.run, Place.of(about))
-            content, reason = self._spooled(parsed, reply)
+            content, model, reason = self._spooled(parsed, reply)
         if reason:
             reply.close()
             return Taken(header, about, reason=reason)
         bundle, reason = self._bundle(about.study)
-        return Taken(header, about, content, bundle.study if bundle is not None else None, reason, bundle)
+        study = bundle.study if bundle is not None else None
+        return Taken(header, about, content, study, reason, model, bundle)
 
     def endings(self, reply: Reply, nonce: str, asked: Collection[str]) -> dict[str, str]:
         """What a reply says of runs that the poll with this nonce asked about: `endings.OVER` or `FAILED`.
@@ -189,16 +195,20 @@ class Inbox:
             return f"the content has {parsed.length} bytes, for which this site's disk has no room"
         return ""
 
-    def _spooled(self, parsed: Header, reply: Reply) -> tuple[BinaryIO | None, str]:
-        """The content in a file without a name, and why that cannot be."""
+    def _spooled(self, parsed: Header, reply: Reply) -> tuple[BinaryIO | None, str, str]:
+        """The content in a file without a name, the digest of the model in it, and why that cannot be."""
         if not parsed.length:
-            return None, ""
+            return None, "", ""
+        first, model = parsed.parts[0], ""
+        of_model = first.nbytes if (first.place, first.name) == ("vector", "shared") else 0
         sha, left = hashlib.sha256(), parsed.length
         buffer = memoryview(bytearray(min(wire.CHUNK, left)))
         try:
             file = os.fdopen(working_file(self._home.spool, left), "w+b", buffering=0)  # it is handed on
             while left:
-                count = reply.read_into(buffer[: min(len(buffer), left)])
+                # No piece holds the end of the model within it, so that one pass gives both digests.
+                most = min(len(buffer), left, of_model or left)
+                count = reply.read_into(buffer[:most])
                 if not count:
                     reply.close()
                     raise Dropped("the frame ends within its content")
@@ -207,14 +217,17 @@ class Inbox:
                 while piece:
                     piece = piece[file.write(piece) :]
                 left -= count
+                if of_model:
+                    of_model -= count
+                    model = model if of_model else sha.copy().hexdigest()
         except OSError as error:
             _log.error(
                 "%s: an instruction's content cannot be written (%s)", self._home.spool, error.strerror
             )
-            return None, "the site's disk could not take the content"
+            return None, "", "the site's disk could not take the content"
         if sha.hexdigest() != parsed.sha256:
             raise Dropped("the content's SHA-256 is not what the header says")
-        return file, ""
+        return file, model, ""
 
     def _bundle(self, digest: str) -> tuple[Bundle | None, str]:
         """The bundle of the study of a digest, and why there is none."""

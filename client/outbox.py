@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from consortium.client.backoff import Backoff
 from consortium.protocol import wire
 from consortium.protocol.connection import Connection, StatusError
 from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.sealed import DataKey, Sealed
 
 IDLE = 20.0
 """Seconds after which a connection is not used again: the server may have closed it."""
@@ -27,13 +27,16 @@ _log = logging.getLogger("consortium.agent")
 
 @dataclass
 class Letter:
-    """A signed answer. expires: seconds since the epoch after which nobody waits for it."""
+    """A signed answer. content: a file that begins with the `size` bytes of its content, None where it has none; key:
+    what it is encrypted under, if it is. expires: seconds since the epoch after which nobody waits for it."""
 
     nonce: str
     run: str
     header: bytes
     signature: bytes
     content: BinaryIO | None
+    size: int
+    key: DataKey | None
     expires: float
     due: float = 0.0
     backoff: Backoff = field(default_factory=Backoff)
@@ -41,16 +44,15 @@ class Letter:
     @property
     def length(self) -> int:
         """Bytes of the whole frame."""
-        content = os.fstat(self.content.fileno()).st_size if self.content is not None else 0
-        return wire.PREAMBLE + len(self.header) + content
+        return wire.PREAMBLE + len(self.header) + self.size
 
-    def pieces(self) -> Iterator[bytes]:
-        """The frame, from its start."""
+    def pieces(self) -> Iterator[bytes | memoryview]:
+        """The frame, from its start; a piece is good until the next one is asked for."""
         yield wire.preamble(self.header, self.signature)
-        place = 0
-        while self.content is not None and (piece := os.pread(self.content.fileno(), wire.CHUNK, place)):
-            place += len(piece)
-            yield piece
+        if self.content is not None and self.key is not None:
+            yield from Sealed(self.content.fileno(), self.key, "an answer").pieces(0, self.size)
+        elif self.content is not None:
+            yield from wire.pieces(self.content.fileno(), self.size)
 
 
 class Outbox:
@@ -103,6 +105,7 @@ class Outbox:
                 outcome = self._send(letter)
             except Exception:  # noqa: BLE001 - it costs this answer only, and the thread goes on
                 _log.exception("run %s: an answer cannot be sent", letter.run)
+                self._used = 0.0  # the connection may be in the middle of a request
                 outcome = "refused", "a fault of this program"
             if outcome is None:
                 letter.due = time.monotonic() + letter.backoff.next()

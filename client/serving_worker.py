@@ -4,10 +4,10 @@ It speaks over the socket that it was started with (`protocol/local.py`). First 
 
     {"study": text, "site": name, "source": {"path", "mapping", "key": hex}, "state": folder, "key": hex}
 
-When it has started, it says {"up": true}. Then, for each instruction, {"run", "header": text} and a file with the
-content comes in, and {"header": text} and perhaps a file goes out, or {"error": text} that holds no path, no column of
-the site's own and no record. An answer is durable in `state` before it goes out, and the same question gets the same
-answer without anything being computed.
+When it has started, it says {"up": true}. Then, for each instruction, {"run", "header": text, "model": digest}
+and a file with the content comes in, and {"header": text} and perhaps a file goes out, or {"error": text} that holds no
+path, no column of the site's own and no record. An answer is durable in `state` before it goes out (it is that very
+file, encrypted under "key"), and the same question gets the same answer without anything being computed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -33,8 +33,8 @@ from consortium.client.task import Source, task_of
 from consortium.client.trainer import Resident
 from consortium.protocol import local
 from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
-from consortium.protocol.files import working_file, write_all
-from consortium.protocol.messages import Answer, Instruction, assemble, encode, parse
+from consortium.protocol.memory import keep_freed_memory
+from consortium.protocol.messages import Instruction, assemble, encode, parse
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.strategies.chosen import strategy_of
@@ -57,10 +57,11 @@ def serve(descriptor: int) -> int:
         local.send(connection, {"up": True})
         while True:
             question, files = local.receive(connection)
-            content: BinaryIO | None = None
+            content: list[int] = []
             try:
                 worker = worker or Worker(about)
-                header, content = worker.reply(str(question["run"]), question["header"].encode(), files)
+                run, asked, model = (str(question[name]) for name in ("run", "header", "model"))
+                header, content = worker.reply(run, asked.encode(), model, files)
                 reply = {"header": header.decode()}
             except ConsortiumError as error:
                 _log.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
@@ -70,9 +71,9 @@ def serve(descriptor: int) -> int:
                 reply = {"error": f"the worker failed ({type(error).__name__}); the site's log says more"}
             finally:
                 local.close(files)
-            local.send(connection, reply, [content.fileno()] if content is not None else [])
-            if content is not None:
-                content.close()
+            local.send(connection, reply, content)
+            local.close(content)
+            keep_freed_memory()  # the data are loaded: from here on the same large arrays come and go
     except local.ClosedError:
         return 0
 
@@ -106,45 +107,41 @@ class Worker:
         )
         task, strategy = task_of(self._study), strategy_of(self._study)
         self._net: Resident = start(self._study, task, strategy.local)
+        self._net.lends = True  # an update is stored before anything else is computed
         self._site: Site = open_site(self._study, task, strategy.local, self._net, source)
         self._run, self._kept = "", Kept()
 
-    def reply(self, run: str, header: bytes, files: list[int]) -> tuple[bytes, BinaryIO | None]:
-        """Header and content of the answer to an instruction whose content was hashed on its way here."""
+    def reply(self, run: str, header: bytes, model: str, files: list[int]) -> tuple[bytes, list[int]]:
+        """Header of the answer to an instruction whose content was hashed on its way here, and the file that was kept.
+
+        model: the digest of the model in the content, as it was found then.
+        """
         instruction = assemble(parse(header), _mapped(files))
         if not isinstance(instruction, Instruction) or instruction.run != run:
             raise IntegrityError("the worker was given something else than an instruction of its run")
-        sent, views = encode(self._answer(instruction))
-        if not views:
-            return sent, None
-        size = sum(view.nbytes for view in views)
-        file = os.fdopen(working_file(Path.cwd(), size), "w+b", buffering=0)  # closed when it was handed over
-        for view in views:
-            write_all(file.fileno(), view)
-        return sent, file
+        store = Store(self._state, run, self._key)
+        sent = self._answer(store, instruction, model)
+        return sent, [store.open()] if parse(sent).length else []
 
-    def _answer(self, instruction: Instruction) -> Answer:
-        """The answer given before to the same instruction, or a new one, kept before it is returned."""
+    def _answer(self, store: Store, instruction: Instruction, model: str) -> bytes:
+        """The answer given before to the same instruction, or a new one, kept before it is returned: its header."""
         if instruction.study != self._study.digest or instruction.site != self._site.name:
             raise IntegrityError("the instruction is for another study or site than this worker")
-        store = Store(self._state, instruction.run, self._key)
         if self._run != instruction.run:
             if self._run:
                 raise IntegrityError("the instruction is for another run than this worker")
-            self._kept = store.load()
+            self._kept = store.load().without_content()
             self._run, self._site.memory = instruction.run, self._kept.memory
-        before = self._kept.answer_to(instruction)
+        before = self._kept.header_to(instruction)
         if before is not None:
             return before
-        check_model(instruction, self._net)
+        check_model(instruction, self._net, model)
         try:
             answer = self._site.answer(instruction)
             if answer.status == "declined":
-                return replace(answer, reason=_told(answer.reason, self._given))
-            kept = self._kept.after(self._site.memory, answer)
-            store.save(kept)
-            self._kept = kept
-            return answer
+                return encode(replace(answer, reason=_told(answer.reason, self._given)))[0]
+            self._kept = store.save(self._kept.after(self._site.memory, answer))
+            return self._kept.header
         finally:
             self._site.memory = self._kept.memory  # what was not kept did not happen
 

@@ -264,8 +264,10 @@ def start(study: Study, task: Task, local: Local) -> Resident:
     return net
 
 
-def check_model(instruction: Instruction, net: Resident) -> None:
+def check_model(instruction: Instruction, net: Resident, digest: str = "") -> None:
     """The model must be the one that the instruction names, in this study's layout; checked before a site computes.
+
+    digest: of the `shared` vector, where whoever hashed the content on its way in found it; else it is computed here.
 
     Raises:
         IntegrityError: it is not.
@@ -276,6 +278,7 @@ def check_model(instruction: Instruction, net: Resident) -> None:
         segment = net.layout["control" if kind == "control" else "shared"]
         wrong |= vector.shape != (segment.size,) or vector.dtype != segment.numpy_dtype
     if instruction.kind != "query":
-        wrong |= "shared" not in vectors or digest_of([vectors["shared"]]) != instruction.model
+        found = digest if digest or "shared" not in vectors else digest_of([vectors["shared"]])
+        wrong |= "shared" not in vectors or found != instruction.model
     if wrong:
         raise IntegrityError("the instruction's model is not what it says, or not of this study's layout")

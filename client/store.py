@@ -1,46 +1,71 @@
 """What a site keeps on disk for one run: its memory, and its last answer.
 
 Both are one file, replaced whole: after a crash at any moment the site has either done an instruction, and gives the
-same answer again without computing it, or it has not. The file is safetensors, encrypted under the run's own key;
-nothing is ever unpickled.
+same answer again without computing it, or it has not.
+
+    content of the answer | arrays of the memory | document (JSON) | its length, 8 bytes big-endian | "CSKA"
+
+encrypted under the run's own key (`protocol/sealed.py`). The content stands first, and is hashed while it is written:
+the file is also what the agent sends. The document holds the answer's header and names the arrays. Numbers are
+little-endian; nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from consortium.client.site import Memory
 from consortium.protocol.errors import IntegrityError, RefusedError
-from consortium.protocol.files import private_folder, write_all, write_pieces
+from consortium.protocol.files import private_folder, write_pieces
 from consortium.protocol.layout import Vector
-from consortium.protocol.messages import Answer, Instruction, decode, encode
-from consortium.protocol.sealed import DataKey, Sealed, sealed_file, sealing
+from consortium.protocol.messages import (
+    Answer,
+    Instruction,
+    Payload,
+    assemble,
+    contents,
+    encode,
+    header_of,
+    parse,
+    readdressed,
+)
+from consortium.protocol.sealed import DataKey, Sealed, sealing
 
-FORMAT = "1"
+FORMAT = 2
 MOST_GIVEN = 256
 """What came before is older than what the site accepts (`client/seen.py`)."""
+PIECE = 8 << 20
+"""Bytes that are hashed and then written at a time: they are still in the processor's cache."""
+MAX_DOCUMENT = 1 << 24
+"""Bytes; the header of an answer is most of it."""
+
+_MAGIC = b"CSKA"
+_TRAILER = 8 + len(_MAGIC)
 
 
 @dataclass(frozen=True)
 class Kept:
     """A site's memory in one run, and the last answer that it gave there.
 
-    given: what it answered so far, the latest last, at most `MOST_GIVEN`: question and the answer's `fingerprint`.
+    last: with its content where it was loaded, without where it was just saved.
+    given: what it answered so far, the latest last, at most `MOST_GIVEN`: question and the answer's `fingerprint`. The
+        last answer is among them once it is saved.
+    header: of the last answer, as it was saved.
     """
 
     memory: Memory = field(default_factory=Memory)
     last: Answer | None = None
     given: tuple[tuple[Question, str], ...] = ()
+    header: bytes = b""
 
     def answer_to(self, instruction: Instruction) -> Answer | None:
         """The answer that was given to this very question before, with the nonce of now; None if it is new.
@@ -57,9 +82,18 @@ class Kept:
             )
         return None
 
+    def header_to(self, instruction: Instruction) -> bytes | None:
+        """As `answer_to`, as the header that goes with the content in the file."""
+        return readdressed(self.header, instruction.nonce) if self.answer_to(instruction) else None
+
+    def without_content(self) -> Kept:
+        """The same without the last answer's content, for whoever needs its header alone."""
+        last = replace(self.last, payload=Payload()) if self.last is not None else None
+        return replace(self, last=last)
+
     def after(self, memory: Memory, answer: Answer) -> Kept:
-        """What is kept once `answer` was made, which left the site with `memory`."""
-        return Kept(memory, answer, (*self.given, (question(answer), fingerprint(answer)))[-MOST_GIVEN:])
+        """What is to be saved once `answer` was made, which left the site with `memory`."""
+        return Kept(memory, answer, self.given)
 
 
 Question = tuple[int, int, str, str]
@@ -73,7 +107,11 @@ def question(message: Answer | Instruction) -> Question:
 
 def fingerprint(answer: Answer) -> str:
     """SHA-256 (hex) of an answer, whatever the nonce that it carries."""
-    return hashlib.sha256(encode(replace(answer, nonce=""))[0]).hexdigest()
+    return _fingerprint(encode(answer)[0])
+
+
+def _fingerprint(header: bytes) -> str:
+    return hashlib.sha256(readdressed(header, "")).hexdigest()
 
 
 class Store:
@@ -85,62 +123,119 @@ class Store:
     def __init__(self, folder: Path, run: str, key: DataKey | None = None) -> None:
         self._key = key
         # A run's name comes from the server, so it is no part of a path.
-        self._path = folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.safetensors"
+        self._path = folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.kept"
+
+    def open(self) -> int:
+        """A descriptor of the file, to read: it begins with the content of the last answer."""
+        return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
 
     def load(self) -> Kept:
         """What was kept; nothing where the run is new here.
 
         Raises:
-            IntegrityError: the file is damaged.
+            IntegrityError: the file is damaged, or the key is not its.
         """
-        if not self._path.exists():
-            return Kept()
         try:
-            with self._plain() as path, safe_open(path, framework="np") as file:
-                about = dict(file.metadata() or {})
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            if about["format"] != FORMAT:
-                raise IntegrityError(f"{self._path}: format {about['format']} is not known to this version")
-            parts: dict[str, dict[str, Vector]] = {"committed": {}, "pending": {}, "answer": {}}
-            for name, array in arrays.items():
-                version, kind = name.split(".", 1)
-                parts[version][kind] = array
-            memory = Memory(parts["committed"], parts["pending"], int(about["pending_round"]))
-            content = parts["answer"].get("content", np.empty(0, np.uint8)).tobytes()
-            last = decode(about["answer"].encode(), content)
-            given = tuple(((r, a, k, m), sha) for r, a, k, m, sha in json.loads(about.get("given", "[]")))
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise IntegrityError(
-                f"{self._path}: is damaged ({type(error).__name__}); move it away to take part without this state"
-            ) from error
-        assert isinstance(last, Answer)
-        return Kept(memory, last, given)
+            file = self.open()
+        except FileNotFoundError:
+            return Kept()
+        except OSError as error:
+            raise self._damaged(error) from error
+        try:
+            return _read(self._whole(file))
+        except (KeyError, TypeError, ValueError, IntegrityError) as error:
+            raise self._damaged(error) from error
+        finally:
+            os.close(file)
 
-    def save(self, kept: Kept) -> None:
-        """Keep `kept`, which has an answer, in place of what was there; returns when it would survive."""
+    def _whole(self, file: int) -> memoryview:
+        if self._key is not None:
+            return memoryview(Sealed(file, self._key, "the file").read()).toreadonly()
+        return memoryview(mmap.mmap(file, 0, access=mmap.ACCESS_READ))
+
+    def _damaged(self, error: Exception) -> IntegrityError:
+        why = str(error) if isinstance(error, IntegrityError) else type(error).__name__
+        return IntegrityError(
+            f"{self._path}: is damaged ({why}); move it away to take part without this state"
+        )
+
+    def save(self, kept: Kept) -> Kept:
+        """Keep `kept`, which has an answer, in place of what was there; returns when it would survive.
+
+        What it gives holds no array of the answer.
+
+        Raises:
+            OSError: the disk is full, and the like; what was there is untouched then.
+        """
         assert kept.last is not None
-        header, views = encode(kept.last)
-        arrays = {f"committed.{kind}": vector for kind, vector in kept.memory.committed.items()}
-        arrays |= {f"pending.{kind}": vector for kind, vector in kept.memory.pending.items()}
-        if views:
-            whole = views[0] if len(views) == 1 else b"".join(views)  # a lone vector is not copied
-            arrays["answer.content"] = np.frombuffer(whole, np.uint8)
-        about = {"format": FORMAT, "pending_round": str(kept.memory.pending_round), "answer": header.decode()}
-        about["given"] = json.dumps([[*asked, sha] for asked, sha in kept.given])
         private_folder(self._path.parent)
-        content = [save(arrays, about)]
-        write_pieces(self._path, sealing(content, self._key) if self._key is not None else content)
+        content = _Content(kept)
+        pieces = content.pieces()
+        write_pieces(self._path, sealing(pieces, self._key) if self._key is not None else pieces)
+        return Kept(kept.memory, kept.last, content.given, content.header).without_content()
 
-    @contextmanager
-    def _plain(self) -> Iterator[Path]:
-        """The file as it was before it was encrypted, in memory; or itself, as earlier versions left it."""
-        if self._key is None or not sealed_file(self._path):
-            yield self._path
-            return
-        with (
-            self._path.open("rb") as file,
-            os.fdopen(os.memfd_create("kept", os.MFD_CLOEXEC), "wb", 0) as plain,
-        ):
-            for piece in Sealed(file.fileno(), self._key, str(self._path)).pieces():
-                write_all(plain.fileno(), piece)
-            yield Path(f"/proc/self/fd/{plain.fileno()}")
+
+class _Content:
+    """What the file holds. given, header: known once all pieces were written."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept, self.given, self.header = kept, kept.given, b""
+
+    def pieces(self) -> Iterator[bytes | memoryview]:
+        last, memory = self._kept.last, self._kept.memory
+        assert last is not None
+        parts, sha = contents(last), hashlib.sha256()
+        for _, view in parts:
+            for start in range(0, len(view), PIECE):
+                piece = view[start : start + PIECE]
+                sha.update(piece)
+                yield piece
+        self.header = header_of(last, [part for part, _ in parts], sha.hexdigest())
+        self.given = (*self.given, (question(last), _fingerprint(self.header)))[-MOST_GIVEN:]
+        arrays: list[Mapping[str, Any]] = []
+        for version, state in (("committed", memory.committed), ("pending", memory.pending)):
+            for kind, vector in state.items():
+                little = np.ascontiguousarray(vector, vector.dtype.newbyteorder("<"))
+                arrays.append(
+                    {"version": version, "kind": kind, "dtype": little.dtype.str, "size": little.size}
+                )
+                yield little.view(np.uint8).data
+        document = {
+            "format": FORMAT,
+            "pending_round": memory.pending_round,
+            "header": self.header.decode(),
+            "given": [[*asked, sha] for asked, sha in self.given],
+            "arrays": arrays,
+        }
+        content = json.dumps(document, separators=(",", ":")).encode()
+        yield content + len(content).to_bytes(8, "big") + _MAGIC
+
+
+def _read(whole: memoryview) -> Kept:
+    trailer = whole[-_TRAILER:]
+    length = int.from_bytes(trailer[:8], "big")
+    end = len(whole) - _TRAILER - length
+    if trailer[8:] != _MAGIC or end < 0 or length > MAX_DOCUMENT:
+        raise IntegrityError("it does not end as it was written")
+    about = json.loads(bytes(whole[end:-_TRAILER]))
+    if about["format"] != FORMAT:
+        raise IntegrityError(f"format {about['format']} is not known to this version")
+    header = about["header"].encode()
+    parsed = parse(header)
+    place = parsed.length
+    content = whole[:place]
+    if place > end or hashlib.sha256(content).hexdigest() != parsed.sha256:
+        raise IntegrityError("the answer's SHA-256 is not what its header says")
+    last = assemble(parsed, content)
+    if not isinstance(last, Answer):
+        raise IntegrityError("what was kept is no answer")
+    states: dict[str, dict[str, Vector]] = {"committed": {}, "pending": {}}
+    for part in about["arrays"]:
+        dtype = np.dtype(part["dtype"])
+        place, start = place + part["size"] * dtype.itemsize, place
+        if place > end:
+            raise IntegrityError("an array lies outside of it")
+        states[part["version"]][part["kind"]] = np.frombuffer(whole[start:place], dtype).copy()
+    memory = Memory(states["committed"], states["pending"], int(about["pending_round"]))
+    given = tuple(((r, a, k, m), sha) for r, a, k, m, sha in about["given"])
+    return Kept(memory, last, given, header)

@@ -114,6 +114,8 @@ class Resident:
     parameters: the trainable ones, in the order of `flat`; weights are the same without autograd.
     first: the local segment's start, for a site that has none yet.
     counters: integer buffers. still: modules of frozen parts alone, which never see training mode.
+    lends: whether an update lies in the model's own memory, until the model is used again: for whoever stores each
+        update before anything else is done.
     """
 
     module: nn.Module
@@ -126,6 +128,7 @@ class Resident:
     first: Vector
     counters: Sequence[Tensor]
     still: Sequence[nn.Module]
+    lends: bool = False
 
     def load(self, shared: Vector, local: Vector | None) -> None:
         """Overwrite the model with these segments; integer buffers start from zero, as nothing of them travels."""
@@ -280,7 +283,10 @@ class TorchTrainer:
             _descend(self.task, net, rule, self._batches(batches))
         else:
             descend(self.task, net, rule, self.inputs, self.targets, batches, private)
-        vectors: dict[str, Vector] = {"shared": np.subtract(net.arrays["shared"], model["shared"])}
+        trained = net.arrays["shared"]
+        vectors: dict[str, Vector] = {
+            "shared": np.subtract(trained, model["shared"], trained if net.lends else None)
+        }
         after: dict[str, Vector] = {}
         if net.first.size:
             after["local"] = net.vector("local")

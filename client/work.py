@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -20,7 +21,7 @@ from consortium.client.snapshot import Snapshots, erase, place_of
 from consortium.client.worker_process import WorkerDied, WorkerLate, WorkerProcess
 from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
 from consortium.protocol.messages import Instruction
-from consortium.protocol.sealed import DataKey
+from consortium.protocol.sealed import DataKey, Sealed
 from consortium.protocol.study import Study
 
 DEATHS = 3
@@ -38,20 +39,33 @@ class Given:
     """An instruction whose signature, place and content were checked.
 
     header: as it was signed. about: the same, without its content. content: a file, None where it has none.
+    model: SHA-256 of the model in the content, as it was found while the content was hashed; "" where it has none.
     """
 
     header: bytes
     about: Instruction
     content: BinaryIO | None
     study: Study
+    model: str = ""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer, not signed yet: header and content of `messages.encode`."""
+    """An answer, not signed yet: the header of `messages.encode`, and a file that begins with the content. key: what
+    the file is encrypted under, None where it is not."""
 
     header: bytes
     content: BinaryIO | None = None
+    key: DataKey | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that the file holds. Raises IntegrityError where it is not encrypted as it should be."""
+        if self.content is None:
+            return 0
+        if self.key is not None:
+            return Sealed(self.content.fileno(), self.key, "what the worker gave").size
+        return os.fstat(self.content.fileno()).st_size
 
 
 class Interrupted(ConsortiumError):  # noqa: N818 - it is what happened, not a mistake
@@ -119,8 +133,8 @@ class SiteWork:
             process = self._worker(given, data, halts)
             try:
                 seconds = given.about.expires - time.time()
-                header, content = process.ask(run, given.header, given.content, seconds)
-                return Answered(header, content)
+                header, content = process.ask(run, given.header, given.content, given.model, seconds)
+                return Answered(header, content, self._key.of(f"run {run}"))
             except WorkerDied as error:
                 self._drop(run)
                 if self._halted(run) != halts:

@@ -69,9 +69,11 @@ class WorkerProcess:
         return self._process.pid
 
     def ask(
-        self, run: str, header: bytes, content: BinaryIO | None, seconds: float
+        self, run: str, header: bytes, content: BinaryIO | None, model: str, seconds: float
     ) -> tuple[bytes, BinaryIO | None]:
-        """The header and content of the answer to an instruction.
+        """The header of the answer to an instruction, and the encrypted file that begins with its content.
+
+        model: the digest of the model in `content`, as it was hashed; "" where there is none.
 
         Raises:
             RefusedError: the worker gave none; the text may be sent to the server.
@@ -84,7 +86,7 @@ class WorkerProcess:
         self._wait_until_up(seconds)
         try:
             self._connection.settimeout(max(0.001, end - time.monotonic()))
-            local.send(self._connection, {"run": run, "header": header.decode()}, files)
+            local.send(self._connection, {"run": run, "header": header.decode(), "model": model}, files)
             reply, got = local.receive(self._connection)
         except ConsortiumError as error:
             late = time.monotonic() >= end

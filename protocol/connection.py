@@ -72,7 +72,7 @@ class Connection:
         path: str,
         document: Mapping[str, Any] | None = None,
         *,
-        body: Iterable[bytes] | None = None,
+        body: Iterable[bytes | memoryview] | None = None,
         length: int = 0,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
@@ -86,7 +86,7 @@ class Connection:
             IntegrityError: the server is not the one that is trusted.
         """
         sent = dict(headers or {})
-        content: bytes | Iterable[bytes] | None = body
+        content: bytes | Iterable[bytes | memoryview] | None = body
         if document is not None:
             content = json.dumps(document).encode()
             length = len(content)

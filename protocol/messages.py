@@ -193,19 +193,42 @@ def encode(message: Message) -> tuple[bytes, list[memoryview]]:
 
     The parts are views, in order; whoever sends them may join or stream them.
     """
-    kind = "instruction" if isinstance(message, Instruction) else "answer"
-    parts: list[dict[str, Any]] = []
-    views: list[memoryview] = []
+    parts = contents(message)
     sha = hashlib.sha256()
+    for _, view in parts:
+        sha.update(view)
+    return header_of(message, [part for part, _ in parts], sha.hexdigest()), [view for _, view in parts]
+
+
+def contents(message: Message) -> list[tuple[dict[str, Any], memoryview]]:
+    """The parts of a message, as the header describes them and as bytes, in order; for whoever hashes them as they go
+    out."""
+    parts: list[tuple[dict[str, Any], memoryview]] = []
     for place, name, array in _arrays(message):
         flat = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         view = flat.reshape(-1).data.cast("B") if flat.size else memoryview(b"")
-        parts.append({"place": place, "name": name, "dtype": flat.dtype.str, "shape": list(array.shape)})
-        views.append(view)
-        sha.update(view)
+        part = {"place": place, "name": name, "dtype": flat.dtype.str, "shape": list(array.shape)}
+        parts.append((part, view))
+    return parts
+
+
+def header_of(message: Message, parts: Sequence[Mapping[str, Any]], sha256: str) -> bytes:
+    """The header of a message whose parts are described so, and whose content has this SHA-256 (hex)."""
+    kind = "instruction" if isinstance(message, Instruction) else "answer"
     fields = {name: of(getattr(message, name)) for name, of in _FIELDS[kind].items()}
-    header = {"format": FORMAT, "type": kind, "fields": fields, "parts": parts, "sha256": sha.hexdigest()}
-    return canonical(header), views
+    return canonical(
+        {"format": FORMAT, "type": kind, "fields": fields, "parts": list(parts), "sha256": sha256}
+    )
+
+
+def readdressed(header: bytes, nonce: str) -> bytes:
+    """The header of a message with another nonce, for the same content.
+
+    Raises:
+        IntegrityError: as `parse`.
+    """
+    document = parse(header).model_dump()
+    return canonical({**document, "fields": {**document["fields"], "nonce": nonce}})
 
 
 def _arrays(message: Message) -> list[tuple[str, str, NDArray[Any]]]:

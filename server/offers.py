@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from consortium.protocol import wire
 from consortium.protocol.files import working_file
 from consortium.protocol.sealed import DataKey, Sealed
-from consortium.protocol.wire import CHUNK
 
 SLACK = 1.05
 """How much larger than one travelling vector an answer's content may be, beside 1 MiB for its counts."""
@@ -40,10 +40,7 @@ class Spooled:
         if self._key is not None:
             yield from Sealed(self.fd, self._key, "the content of an instruction").pieces(0, length)
             return
-        place = 0
-        while place < length and (piece := os.pread(self.fd, min(CHUNK, length - place), place)):
-            yield piece
-            place += len(piece)
+        yield from wire.pieces(self.fd, length)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.files import write_private
 from consortium.protocol.layout import Layout, digest_of
 from consortium.protocol.local import ClosedError
+from consortium.protocol.memory import keep_freed_memory
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.server import results, worker_process
@@ -83,6 +84,7 @@ def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
     state = commits.load()
     plan = _plan(study, first, folder, begun=state is not None)
     link.call("ready", layout_bytes=plan.layout.nbytes)
+    keep_freed_memory()
     clients = LinkClients(link, commits, Path(first["spool"]), time.time)
     report = results.reporter(folder / "rounds.jsonl", state)
     del state  # the round loop loads it for itself, and lets go of it
