@@ -124,6 +124,25 @@ def test_content_that_is_not_what_was_signed_gets_no_work(world: World, start: S
     assert len(work.given) == 1
 
 
+@pytest.mark.parametrize("size", [1, 7, 300_000])
+def test_the_model_is_named_by_what_was_received(world: World, start: Start, size: int) -> None:
+    """The work is told the digest of the model that came, not the one that the instruction names: they are compared
+    there. Statistics after it do not count, and may share a piece with its end."""
+    import numpy as np
+
+    from consortium.protocol.layout import digest_of
+    from consortium.protocol.messages import Payload
+
+    work = Trivial()
+    start(work)
+    model = np.arange(size, dtype=np.float32)
+    world.answer_to(
+        world.instruction(model="f" * 64, payload=Payload({"shared": model}, {"sum": np.ones(3)}))
+    )
+    world.answer_to(world.instruction(round=2, payload=Payload({}, {"sum": np.ones(3)})))
+    assert [given.model for given in work.given] == [digest_of([model]), ""]
+
+
 def test_an_older_round_gets_no_work_also_after_a_restart(world: World, start: Start) -> None:
     """What stands before the last (round, attempt) of its run is dropped, and that is remembered on disk."""
     work = Trivial()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import threading
@@ -19,12 +20,12 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from consortium.client.app import answer_to, app
 from consortium.client.folder import source_in
 from consortium.client.site import Memory, start
-from consortium.client.store import Kept, Store
+from consortium.client.store import Kept, Store, fingerprint
 from consortium.client.task import task_of
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.layout import digest_of
-from consortium.protocol.messages import Answer, Instruction, Payload
-from consortium.protocol.sealed import DataKey, new_data_key
+from consortium.protocol.messages import Answer, Instruction, Payload, decode
+from consortium.protocol.sealed import DataKey, Sealed, new_data_key
 from consortium.protocol.study import Study
 from consortium.server.coordinator import run
 from consortium.server.grid import FlowerSites
@@ -214,6 +215,45 @@ def test_a_damaged_state_is_refused(cut: int, key: DataKey | None, tmp_path: Pat
     file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(IntegrityError, match=file.name):
         store.load()
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+def test_a_changed_content_is_refused(tmp_path: Path, key: DataKey | None) -> None:
+    """An answer of which one bit has changed on the disk is not given again."""
+    payload = Payload({"shared": np.arange(40, dtype=np.float32)})
+    asked = Instruction("f", "r", 1, 0, "train", "s", "m", "l", "first", 0.0, site="a")
+    store = Store(tmp_path, "r", key)
+    store.save(Kept(Memory(), Answer.to_instruction(asked, payload=payload)))
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    content[50] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(IntegrityError, match=file.name):
+        store.load()
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+def test_the_same_question_gets_the_stored_answer_with_the_nonce_of_now(
+    tmp_path: Path, key: DataKey | None
+) -> None:
+    """Also after a new start: the header with another nonce names the very content that the file begins with."""
+    payload = Payload({"shared": np.arange(4, dtype=np.float32)})
+    asked = Instruction("f", "r", 1, 0, "train", "s", "m", "l", "first", 0.0, site="a")
+    store = Store(tmp_path, "r", key)
+    saved = store.save(Kept(Memory(), Answer.to_instruction(asked, payload=payload)))
+    for kept in (saved, store.load()):
+        header = kept.header_to(replace(asked, nonce="second"))
+        assert header is not None
+        file = store.open()
+        content = Sealed(file, key).read()[:16] if key is not None else os.pread(file, 16, 0)
+        os.close(file)
+        found = decode(header, bytes(content))
+        assert isinstance(found, Answer)
+        assert (found.nonce, found.round, found.model) == ("second", 1, "m")
+        assert found.payload.vectors["shared"].tolist() == [0.0, 1.0, 2.0, 3.0]
+        assert kept.header_to(replace(asked, round=2)) is None
+        assert [question for question, _ in kept.given] == [(1, 0, "train", "m")]
+        assert kept.given[-1][1] == fingerprint(found)
 
 
 def test_a_folder_without_a_key_gets_one_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consortium.client import Examples, Source, Task
-from consortium.client.site import Memory, held_out, rows, start
+from consortium.client.site import Memory, check_model, held_out, rows, start
 from consortium.client.trainer import Resident, TorchTrainer, schedule, seed_for
 from consortium.protocol import Study
-from consortium.protocol.errors import InputError
-from consortium.protocol.layout import Vector
+from consortium.protocol.errors import InputError, IntegrityError
+from consortium.protocol.layout import Vector, digest_of
+from consortium.protocol.messages import Instruction, Payload
 from consortium.protocol.sections import Training
 from consortium.strategies.base import Local
 
@@ -125,6 +127,37 @@ def test_training_again_from_the_same_model_gives_the_same_bytes() -> None:
     made.evaluate({"shared": model["shared"] + 1}, {})
     again, _ = made.train(model, {}, BATCHES, seed=1)
     assert first.vectors["shared"].tobytes() == again.vectors["shared"].tobytes()
+
+
+def test_an_update_in_the_models_own_memory_has_the_same_bytes() -> None:
+    """A worker's update takes no memory of its own; variates and what stays at the site are the same, too."""
+    for task, local in ((Toy, Local(control_variates=True)), (Personal, Local())):
+        made, model = trainer(task, local)
+        if local.control_variates:
+            model["control"] = np.full(made.layout["control"].size, 0.01, np.float32)
+        first, after = made.train(model, {}, BATCHES, seed=1)
+        made.resident.lends = True
+        lent, then = made.train(model, {}, BATCHES, seed=1)
+        assert np.shares_memory(lent.vectors["shared"], made.resident.arrays["shared"])
+        for one, two in ((first.vectors, lent.vectors), (after, then)):
+            assert one.keys() == two.keys()
+            assert all(one[kind].tobytes() == two[kind].tobytes() for kind in one)
+
+
+def test_a_model_that_is_not_the_one_named_is_refused() -> None:
+    """Whether its digest is computed here, or came with it from whoever hashed the content."""
+    made, model = trainer()
+    name = digest_of([model["shared"]])
+    asked = Instruction("f", "r", 1, 0, "train", "s", name, made.layout.digest, "n", 0.0, Payload(model))
+    for right in ("", name):
+        check_model(asked, made.resident, right)
+    for one, found in (
+        (asked, "0" * 64),
+        (replace(asked, model="0" * 64), name),
+        (replace(asked, model=""), ""),
+    ):
+        with pytest.raises(IntegrityError):
+            check_model(one, made.resident, found)
 
 
 def test_fedprox_adds_its_gradient() -> None:
