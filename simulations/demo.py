@@ -3,6 +3,7 @@
     a federation's keys and doors -> hospitals with tables of their own join by code -> the study's rounds
                  -> export -> a fresh process predicts -> local-only, federated and pooled, side by side
 
+With `serve` the model is then registered, promoted, served and asked (`demo_serving.py`).
 Everything lies in one new folder, and nothing of it runs any more when `run_demo` returns or raises.
 """
 
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from consortium.simulations.programs import Programs
 
 if TYPE_CHECKING:
     from consortium.simulations.baselines import Baselines, OneRoom
+    from consortium.simulations.demo_serving import Answers
 
 PREDICTED = 6
 """Rows that the fresh process predicts."""
@@ -66,6 +68,7 @@ class Demo:
     pooled: float
     predictions: Sequence[tuple[str, float, bool]]
     seconds: float
+    served: Answers | None = None
 
     def document(self) -> dict[str, Any]:
         """What `--json` prints."""
@@ -77,13 +80,13 @@ class Demo:
             "metrics": {name: {"auroc": value} for name, value in metrics.items()},
             "model": str(self.model),
             "seconds": round(self.seconds, 1),
-        }
+        } | ({} if self.served is None else {"served": self.served.document()})
 
 
-def run_demo(folder: Path, study: Study, sites: int, say: Say) -> Demo:
+def run_demo(folder: Path, study: Study, sites: int, say: Say, *, serve: bool = False) -> Demo:
     """Run a study of `hospitals.study_of` live over `sites` made-up hospitals in a new folder under `folder`.
 
-    say: called with a line of progress.
+    say: called with a line of progress. serve: go on, and serve the model.
 
     Raises:
         InputError: the folder cannot be written.
@@ -110,7 +113,21 @@ def run_demo(folder: Path, study: Study, sites: int, say: Say) -> Demo:
     results = Path(shown["model"]).parent
     result = json.loads((results / "result.json").read_text(encoding="utf-8"))
     predictions = _predict(results / "model", own)
-    return _demo(own, results, result, *compared, predictions, time.monotonic() - started)
+    served = None
+    if serve:
+        say("the model is registered, promoted and served over TLS; a client asks it for predictions")
+        served = _served(own, results / "model")
+    done = _demo(own, results, result, *compared, predictions, time.monotonic() - started)
+    return replace(done, served=served)
+
+
+def _served(folder: Path, model: Path) -> Answers:
+    """What the served model says of the rows that the fresh process predicted."""
+    from consortium.simulations.demo_serving import serve
+
+    some = patients().groupby(TARGET).head(PREDICTED // 2)
+    rows = [{name: float(row[name]) for name in RANGES} for _, row in some.iterrows()]
+    return serve(folder, model, rows)
 
 
 def new_folder(folder: Path) -> Path:

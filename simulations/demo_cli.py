@@ -19,6 +19,7 @@ def demo(
     ),
     sites: Annotated[int, typer.Option(min=2, max=16, help="How many hospitals.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="How many rounds.")] = 10,
+    serve: Annotated[bool, typer.Option("--serve", help="Go on: serve the model, and ask it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """A whole federation on this machine, from certificates to a served model.
@@ -37,7 +38,7 @@ def demo(
     from consortium.simulations.demo import run_demo
     from consortium.simulations.hospitals import study_of
 
-    done = run_demo(folder, study_of(rounds), sites, say)
+    done = run_demo(folder, study_of(rounds), sites, say, serve=serve)
     typer.echo(json.dumps(done.document()) if as_json else _page(done))
 
 
@@ -61,6 +62,7 @@ def _page(done: Demo) -> str:
             f"  {person}  {value:.3f}  {'malignant' if truth else 'benign'}"
             for person, value, truth in done.predictions
         ),
+        *(_answers(done) if done.served is not None else ()),
         "",
         f"model    {done.model}",
         f"digest   {done.digest}",
@@ -70,6 +72,22 @@ def _page(done: Demo) -> str:
         f"Next: consortium model show {done.model}",
     ]
     return "\n".join(lines)
+
+
+def _answers(done: Demo) -> list[str]:
+    """What the served model said, and where it comes from."""
+    served = done.served
+    assert served is not None
+    asked = zip(done.predictions, served.probabilities, strict=True)
+    return [
+        "",
+        f"Served over TLS as {served.version}: {len(served.probabilities)} rows in {served.seconds * 1e3:.0f} ms, "
+        f"prediction {served.prediction}",
+        *(f"  {person}  {value:.3f}" for (person, _, _), value in asked),
+        f"made by {len(served.lineage['rounds'])} rounds of {', '.join(served.lineage['sites'])};",
+        f"signed by federation '{served.lineage['federation']}', bundle {served.bundle[:16]}",
+        f"Serve it again: consortium model serve {served.registry} --dir {done.folder / 'serving'} --root ROOT",
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,6 @@ made is refused. Where a line cannot be written the request fails: an answer wit
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import os
@@ -58,7 +57,7 @@ class Desk:
 
     def _mac(self, name: str, version: str, nonce: str) -> str:
         content = f"{name}/{version}/{nonce}".encode()
-        return hmac.new(self._key, content, hashlib.sha256).hexdigest()[:16]
+        return hmac.digest(self._key, content, "sha256").hex()[:16]
 
     def note(self, line: Mapping[str, Any]) -> None:
         """Write down that somebody asked.

@@ -86,10 +86,7 @@ class Service:
             if status < 500:
                 self.desk.note({**about, "status": status})
             raise
-        labels = name, found.version
-        self.counters.requests.labels(*labels, door, 200).inc()
-        self.counters.rows.labels(*labels).inc(rows)
-        self.counters.seconds.labels(*labels).observe(taken)
+        self.counters.answered(name, found.version, door, rows, taken)
         return Predicted(found, identity, {one: outputs[one] for one in wanted} if wanted else outputs)
 
 

@@ -61,6 +61,9 @@ def checked(inputs: Sequence[Mapping[str, Any]], given: Sequence[Given]) -> dict
     Raises:
         RequestError: naming every input that is wrong, and how.
     """
+    quick = _quick(inputs, given)
+    if quick is not None:
+        return quick
     by_name = {one.name: one for one in given}
     names = [one["name"] for one in inputs]
     problems = [
@@ -84,6 +87,38 @@ def checked(inputs: Sequence[Mapping[str, Any]], given: Sequence[Given]) -> dict
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise RequestError("; ".join(problems[:_SHOWN]) + more)
     return arrays
+
+
+def _quick(inputs: Sequence[Mapping[str, Any]], given: Sequence[Given]) -> dict[str, Array] | None:
+    """The arrays of a request of numeric columns in JSON where all is right, by one look at all numbers together.
+
+    None where anything is otherwise: then each input is looked at by itself, and so finds its words.
+    """
+    columns = {one["name"]: one for one in inputs if one["kind"] == "numeric"}
+    by_name = {one.name: one.data for one in given}
+    rows = given[0].shape[0] if given and given[0].shape else 0
+    if len(columns) < len(inputs) or by_name.keys() != columns.keys() or not 1 <= rows <= MAX_ROWS:
+        return None
+    flat: list[Any] = []
+    for one in given:
+        if type(one.data) is not list or one.shape != (rows, 1) or len(one.data) != rows:
+            return None
+        flat += by_name[one.name]
+    dtype = columns[given[0].name]["dtype"]
+    plain = set(map(type, flat)) <= {int, float} and DATATYPES.get(dtype) in ("FP32", "FP64")
+    if not plain or any(
+        one.datatype != DATATYPES[dtype] or columns[one.name]["dtype"] != dtype for one in given
+    ):
+        return None
+    try:
+        with np.errstate(over="ignore"):
+            wide = np.array(flat, np.float64).astype(dtype).reshape(len(given), rows, 1)
+    except OverflowError:
+        return None
+    ends = np.array([[columns[one.name][end] for one in given] for end in ("min", "max")]).astype(dtype)
+    if not ((wide >= ends[0, :, None, None]) & (wide <= ends[1, :, None, None])).all():
+        return None
+    return {one.name: wide[place] for place, one in enumerate(given)}
 
 
 def _checked(one: Mapping[str, Any], given: Given) -> Array:

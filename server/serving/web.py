@@ -25,7 +25,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -34,7 +34,6 @@ from consortium.server.serving import page, service, tokens, wire
 from consortium.server.serving.counters import CONTENT_TYPE
 from consortium.server.serving.engine import Loaded
 from consortium.server.serving.service import Service
-from consortium.server.serving.tensors import RequestError
 from consortium.server.serving.tokens import Caller
 
 MAX_BODY = 1 << 25
@@ -55,14 +54,14 @@ def app(served: Service) -> Starlette:
     one = (model, model + "/versions/{version}")
     return Starlette(
         routes=[
-            Route("/", door.page),
-            Route("/v2", door.server),
-            Route("/v2/health/live", door.live),
-            Route("/v2/health/ready", door.ready),
             *(
                 Route(path + "/infer", door.guarded(tokens.INFER, door.infer), methods=["POST"])
                 for path in one
             ),
+            Route("/", door.page),
+            Route("/v2", door.server),
+            Route("/v2/health/live", door.live),
+            Route("/v2/health/ready", door.ready),
             *(Route(path + "/ready", door.guarded(tokens.ABOUT, door.model_ready)) for path in one),
             *(Route(path + "/lineage", door.guarded(tokens.LINEAGE, door.lineage)) for path in one),
             *(Route(path + "/contract", door.guarded(tokens.ABOUT, door.contract)) for path in one),
@@ -108,7 +107,12 @@ async def body(request: Request, most: int) -> bytes:
     pieces, size = [], 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            async for piece in request.stream():
+            more = True
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise HTTPException(400, "the body was cut off")
+                piece, more = message.get("body", b""), message.get("more_body", False)
                 size += len(piece)
                 if size > most:
                     raise HTTPException(413, f"the body has more than {most} bytes", {"Connection": "close"})
@@ -117,8 +121,6 @@ async def body(request: Request, most: int) -> bytes:
         raise HTTPException(
             408, f"the body took longer than {BODY_SECONDS:g} s", {"Connection": "close"}
         ) from error
-    except ClientDisconnect as error:
-        raise HTTPException(400, "the body was cut off") from error
     return b"".join(pieces)
 
 
@@ -224,6 +226,3 @@ class _Door:
 
     async def metrics(self, request: Request, caller: Caller) -> Response:
         return Response(self._served.counters.text(), media_type=CONTENT_TYPE)
-
-
-__all__ = ["RequestError", "app"]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import COMMAND, Serving, serving
+from served import COMMAND, Serving, serving
 
 from consortium.server import seal
 from consortium.server.model import load_model

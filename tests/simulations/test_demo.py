@@ -125,7 +125,7 @@ def test_the_whole_demonstration(tmp_path: Path) -> None:
     """Three hospitals join and train; a fresh process predicts, keys are encrypted and private, nothing is left; the
     table has a row for each, and what they reach alone, together and pooled."""
     said: list[str] = []
-    done = run_demo(tmp_path, study_of(2), 3, said.append)
+    done = run_demo(tmp_path, study_of(2), 3, said.append, serve=True)
     assert living(str(tmp_path)) == []
     assert [line for line in said if "left out" in line] == []
     assert 0.9 < done.federated <= 1
@@ -142,6 +142,11 @@ def test_the_whole_demonstration(tmp_path: Path) -> None:
         one.name for one in done.hospitals
     ]
     assert all(word in page for word in ("local-only", "federated", "pooled", str(done.model), done.digest))
+    assert done.served is not None
+    assert done.served.probabilities == pytest.approx([value for _, value, _ in done.predictions], abs=1e-5)
+    assert done.served.lineage["model"] == done.digest
+    assert done.served.version == "breast-cancer-demo@1"
+    assert "Served over TLS as breast-cancer-demo@1: 6 rows" in page
     root = fingerprint(chain_in(done.folder / "server" / "root.pem")[0])
     came = json.loads((load_model(done.model, root=root).path / "lineage.json").read_text())
     assert came["sites"] == ["hospital-1", "hospital-2", "hospital-3"]
