@@ -109,7 +109,8 @@ class Snapshots:
 
     def _query(self, mapping: dict[str, Any], path: Path) -> None:
         """Run the mapping's query in a program of its own, which alone sees the database's password."""
-        request = json.dumps({"site": self._site, "mapping": mapping, "path": str(path)})
+        asked = {"site": self._site, "mapping": mapping, "path": str(path), "parent": os.getpid()}
+        request = json.dumps(asked)
         program = (sys.executable, "-s", "-P", "-B", "-m", "consortium.client.sql_snapshot")
         environment = {name: value for name, value in os.environ.items() if name != PASSPHRASE}
         with self._lock:

@@ -26,6 +26,7 @@ from consortium.client.columns import text_of
 from consortium.client.mapping import parse
 from consortium.client.tables import queried
 from consortium.protocol.errors import ConsortiumError, InputError
+from consortium.protocol.lifeline import end_with
 
 CHUNK = 20_000
 """Rows that are in memory at once."""
@@ -35,6 +36,7 @@ def main() -> int:
     """Write one snapshot; returns the exit code, with the reason on stderr."""
     try:
         request = json.load(sys.stdin)
+        end_with(request["parent"])
         write(request["site"], request["mapping"], Path(request["path"]))
     except ConsortiumError as error:
         print("\n".join([str(error), *getattr(error, "__notes__", ())]), file=sys.stderr)

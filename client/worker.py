@@ -1,7 +1,7 @@
 """The worker program: runs a study's code in a process of its own, without keys, for the server as for a site.
 
-    python -m consortium.client.worker initial FOLDER --code CODE [--control-variates]
-    python -m consortium.client.worker export FOLDER --code CODE [--control-variates]
+    python -m consortium.client.worker initial FOLDER --code CODE [--control-variates] [--parent PID]
+    python -m consortium.client.worker export FOLDER --code CODE [--control-variates] [--parent PID]
     python -m consortium.client.worker serve FD
 
 `serve` answers a site's instructions over the socket FD (`client/serving_worker.py`). In the others both sides talk
@@ -26,6 +26,7 @@ import numpy as np
 
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.layout import Kind, Layout, Vector, digest_of
+from consortium.protocol.lifeline import end_with
 from consortium.protocol.messages import canonical
 from consortium.protocol.study import Study
 
@@ -42,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--code", type=Path, required=True, help="where the study's own code lies")
     parser.add_argument("--control-variates", action="store_true", help="the strategy is SCAFFOLD-like")
+    parser.add_argument("--parent", type=int, help="the process with which this one ends")
     given = parser.parse_args(arguments)
+    if given.parent is not None:
+        end_with(given.parent)
     try:
         study = _study(given.folder, given.code)
         command = _initial if given.command == "initial" else _export

@@ -1,6 +1,7 @@
 """Starting the worker program, which alone runs a study's code, and taking what it made.
 
-The worker gets a fresh folder, an environment without anything of ours, a session of its own, and a time limit.
+The worker gets a fresh folder, an environment without anything of ours, a session of its own, and a time limit; it ends
+when this process does.
 What it leaves is data; a failure comes back as the error that it named.
 """
 
@@ -91,7 +92,7 @@ def run(
     # -s, -P: neither the user's packages nor the working folder are importable; -B: nothing is written beside code.
     arguments = [
         *(sys.executable, "-s", "-P", "-B", "-m", "consortium.client.worker", command, str(folder)),
-        *("--code", str(study.folder.resolve()), *flags),
+        *("--code", str(study.folder.resolve()), *flags, "--parent", str(os.getpid())),
     ]
     code = _run(arguments, folder, timeout, f"study '{study.name}': {command}")
     if code:
