@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from consortium.protocol import privacy_checks
-from consortium.protocol.errors import Problem, nearest
+from consortium.protocol.errors import MOST_SHOWN, Problem, nearest
 from consortium.protocol.sections import (
     FORMAT,
     MEASURES,
@@ -64,10 +64,11 @@ def check(document: Mapping[str, Any]) -> tuple[list[Problem], dict[str, Section
     if document.get("format") != FORMAT:
         got = repr(document.get("format", "nothing"))
         problems.insert(0, Problem("format", got, f"format = {FORMAT} would be right"))
-    for key in document:
-        if key not in known:
-            right = f"no such section{nearest(key, known)} Sections: {', '.join(models)}"
-            problems.append(Problem(key, _short(document[key]), right))
+    strange = [key for key in document if key not in known]
+    for key in strange[:MOST_SHOWN]:
+        right = f"no such section{nearest(key, known)} Sections: {', '.join(models)}"
+        problems.append(Problem(key, _short(document[key]), right))
+    problems += [Problem(key, "", "no such section") for key in strange[MOST_SHOWN:]]
     sections: dict[str, Section] = {}
     for name, model in models.items():
         section, found = _section(name, model, document.get(name, {}))
@@ -89,7 +90,8 @@ def _section(name: str, model: type[Section], table: object) -> tuple[Section | 
         return model.model_validate(dict(table)), []
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=False)
-        problems = [_problem(name, model, detail) for detail in details]
+        problems = [_problem(name, model, detail) for detail in details[:MOST_SHOWN]]
+        problems += [Problem(_key(name, detail), "", detail["msg"]) for detail in details[MOST_SHOWN:]]
         bad = {str(detail["loc"][0]) for detail in details if detail["loc"]}
         try:
             return model.model_validate({k: v for k, v in table.items() if k not in bad}), problems
@@ -98,8 +100,8 @@ def _section(name: str, model: type[Section], table: object) -> tuple[Section | 
 
 
 def _problem(section: str, model: type[BaseModel], detail: ErrorDetails) -> Problem:
+    key = _key(section, detail)
     loc = [str(part) for part in detail["loc"] if "[" not in str(part)]
-    key = ".".join([section, *loc])
     right = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         known = [k for k in model.model_fields if len(loc) == 1]
@@ -116,6 +118,10 @@ def _problem(section: str, model: type[BaseModel], detail: ErrorDetails) -> Prob
     elif detail["type"] == "string_pattern_mismatch":
         right = f"module:Name would be right, a built-in ({', '.join(TASKS)}) or in the study's own code"
     return Problem(key, _short(detail["input"]), right[0].lower() + right[1:])
+
+
+def _key(section: str, detail: ErrorDetails) -> str:
+    return ".".join([section, *(str(part) for part in detail["loc"] if "[" not in str(part))])
 
 
 def _short(value: object) -> str:

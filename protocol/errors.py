@@ -41,6 +41,12 @@ class IntegrityError(ConsortiumError):
     exit_code = 4
 
 
+MOST_SHOWN = 25
+"""Mistakes of one file that are shown, and looked into; of more it is said how many there are."""
+_LONGEST = 100
+"""Characters of a key that are shown, and for which a similar one is looked for."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake in a study file: the dotted `key`, the value `got`, and what would be right."""
@@ -50,20 +56,24 @@ class Problem:
     right: str
 
     def __str__(self) -> str:
-        return f"{self.key}: got {self.got}; {self.right}"
+        key = self.key if len(self.key) <= _LONGEST else f"{self.key[:_LONGEST]}..."
+        return f"{key}: got {self.got}; {self.right}"
 
 
 class StudyError(InputError):
     """All mistakes of one study file.
 
-    `problems` holds one `Problem` a mistake, in the order of the file's sections.
+    `problems` holds one `Problem` a mistake, in the order of the file's sections; the text has the first `MOST_SHOWN`.
     """
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source = source
         self.problems = tuple(problems)
         count = f"{len(self.problems)} mistake" + ("s" if len(self.problems) != 1 else "")
-        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        shown = [str(problem) for problem in self.problems[:MOST_SHOWN]]
+        if len(self.problems) > MOST_SHOWN:
+            shown.append(f"and {len(self.problems) - MOST_SHOWN} more")
+        lines = "\n".join(f"  {line}" for line in shown)
         super().__init__(
             f"{source}: {count}\n{lines}\nCorrect the file, then: consortium study check {source}"
         )
@@ -71,5 +81,7 @@ class StudyError(InputError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint ", did you mean 'x'?" for the known name closest to `name`, or an empty string."""
+    if len(name) > _LONGEST:
+        return ""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f", did you mean '{matches[0]}'?" if matches else ""

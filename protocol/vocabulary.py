@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from consortium.protocol.errors import Problem, nearest
+from consortium.protocol.errors import MOST_SHOWN, Problem, nearest
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class StrategySpec:
     def problems(self, values: Mapping[str, object]) -> list[Problem]:
         """What is wrong with parameters by name; keys of the problems are `strategy.<parameter>`."""
         known = {parameter.name: parameter for parameter in self.parameters}
-        found = []
+        found: list[Problem] = []
         for name, value in values.items():
             if name not in known:
-                hint = nearest(name, known) or "."
+                hint = (nearest(name, known) if len(found) < MOST_SHOWN else "") or "."
                 right = f"'{self.name}' has no such parameter{hint} It takes {', '.join(known)}"
                 found.append(Problem(f"strategy.{name}", repr(value), right))
             elif not known[name].allows(value):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from consortium.protocol import Study
-from consortium.protocol.errors import InputError, StudyError
+from consortium.protocol.errors import MOST_SHOWN, InputError, StudyError
 from consortium.protocol.sections import Categorical, Numeric, TabularData, seconds
 
 GOOD = """
@@ -294,3 +294,39 @@ def test_noise_at_the_server_wants_a_strategy_with_a_sensitivity(strategy: str, 
     found = problems(central)
     assert list(found) == [key]
     assert right in found[key]
+
+
+MANY = "\n".join(f"key_number_{number} = 1" for number in range(20_000)) + "\n"
+CROWDS = {
+    "keys without a section": MANY + GOOD,
+    "keys of a section": GOOD.replace("[training]\n", f"[training]\n{MANY}"),
+    "parameters of a strategy": GOOD.replace("[strategy]\n", f"[strategy]\n{MANY}"),
+    "sections": GOOD + "\n".join(f"[section_{number}]" for number in range(20_000)),
+}
+
+
+@pytest.mark.parametrize("what", list(CROWDS))
+def test_a_crowd_of_mistakes_is_counted_and_not_listed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty thousand: the first are shown, with hints, and the rest are a number, so that neither the text nor the
+    search for similar names grows with them."""
+    searched = 0
+
+    def search(*_: object, **__: object) -> list[str]:
+        nonlocal searched
+        searched += 1
+        return []
+
+    monkeypatch.setattr("difflib.get_close_matches", search)
+    with pytest.raises(StudyError, match="study: 20000 mistakes") as caught:
+        Study.parse(CROWDS[what])
+    assert f"and {20_000 - MOST_SHOWN} more" in str(caught.value)
+    assert len(caught.value.problems) == 20_000
+    assert len(str(caught.value)) < 10_000
+    assert searched == MOST_SHOWN
+
+
+def test_a_key_of_endless_length_is_shown_in_short() -> None:
+    """Its first hundred characters, and no similar name is looked for."""
+    with pytest.raises(StudyError) as caught:
+        Study.parse("k" * 500_000 + " = 1\n" + GOOD)
+    assert len(str(caught.value)) < 1000
