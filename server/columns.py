@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,10 +68,37 @@ def _by(shape: Sequence[int]) -> str:
     return ", ".join(map(str, shape))
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Rows of a column that the model cannot take, (n,), and why."""
+
+    column: str
+    what: str
+    rows: NDArray[np.bool_]
+
+    def said(self, first_row: int) -> str:
+        """In words, with the numbers of the first rows."""
+        return f"column '{self.column}': {_rows(self.rows, first_row)} {self.what}"
+
+
 def columns(
     inputs: Sequence[Mapping[str, Any]], frame: pd.DataFrame, first_row: int
 ) -> dict[str, NDArray[Any]]:
     """The graph's inputs, (n, 1) each; all that is wrong is said at once."""
+    arrays, faults = looked(inputs, frame)
+    if faults:
+        raise _unfit([fault.said(first_row) for fault in faults])
+    return arrays
+
+
+def looked(
+    inputs: Sequence[Mapping[str, Any]], frame: pd.DataFrame
+) -> tuple[dict[str, NDArray[Any]], list[Fault]]:
+    """The graph's inputs, (n, 1) each, and the rows that it cannot take.
+
+    Raises:
+        InputError: columns are absent or doubled.
+    """
     names = [str(name) for name in frame.columns]
     problems = [
         f"column '{one['name']}': there is no such column{nearest(one['name'], names)}"
@@ -79,23 +107,39 @@ def columns(
         for one in inputs
         if names.count(one["name"]) != 1
     ]
+    if problems:
+        raise _unfit(problems)
     arrays: dict[str, NDArray[Any]] = {}
-    for one in inputs if not problems else ():
+    faults: list[Fault] = []
+    for one in inputs:
         cells = frame.iloc[:, names.index(one["name"])]
         values, missing, wrong = (_numbers if one["kind"] == "numeric" else _texts)(one, cells)
         if wrong.any():
-            problems.append(f"column '{one['name']}': {_rows(wrong, first_row)} not a finite number")
+            faults.append(Fault(one["name"], "not a finite number", wrong))
         if one.get("missing") == "refuse" and missing.any():
-            problems.append(
-                f"column '{one['name']}': {_rows(missing, first_row)} no value, which this model refuses"
-            )
+            faults.append(Fault(one["name"], "no value, which this model refuses", missing))
         arrays[one["name"]] = values.reshape(-1, 1)
-    if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise InputError(
-            f"predict: the table does not fit the model\n{lines}\nSee what it takes with: consortium model show"
-        )
-    return arrays
+    return arrays, faults
+
+
+def beyond(inputs: Sequence[Mapping[str, Any]], arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """By column how many values the model clips to the declared range, or takes for none of the listed codes."""
+    found = {}
+    for one in inputs:
+        values = arrays[one["name"]]
+        if one["kind"] == "numeric":
+            low, high = np.array([one["min"], one["max"]]).astype(values.dtype)
+            found[one["name"]] = int(((values < low) | (values > high)).sum())
+        else:
+            found[one["name"]] = int((~np.isin(values.astype(str), [*map(str, one["values"]), ""])).sum())
+    return {name: count for name, count in found.items() if count}
+
+
+def _unfit(problems: Sequence[str]) -> InputError:
+    lines = "\n".join(f"  {problem}" for problem in problems)
+    return InputError(
+        f"predict: the table does not fit the model\n{lines}\nSee what it takes with: consortium model show"
+    )
 
 
 Cells = tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.bool_]]

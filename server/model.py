@@ -61,13 +61,17 @@ class Model:
             index = frame.index
             arrays = columns(inputs, frame, first_row)
         rows = len(next(iter(arrays.values())))
+        return pd.DataFrame(self.answers(arrays, rows), index=index)
+
+    def answers(self, arrays: Mapping[str, NDArray[Any]], rows: int) -> dict[str, NDArray[Any]]:
+        """As `predict`, from the graph's inputs: by column of the answer its numbers, (rows,)."""
         found = self.run(arrays) if rows else {}
         answers: dict[str, NDArray[Any]] = {}
         for output in self.contract["outputs"]:
             names = _names(output)
             flat = found.get(output["name"], np.empty(0, output["dtype"])).reshape(rows, len(names))
             answers |= {name: flat[:, i] for i, name in enumerate(names)}
-        return pd.DataFrame(answers, index=index)
+        return answers
 
     def run(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The graph's outputs by name, for its inputs by name: columns (n, 1), text as objects, or one tensor."""

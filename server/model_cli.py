@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from consortium.protocol.errors import InputError
 from consortium.server.serving import registry_cli, serve_cli
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from consortium.server.model import Model
-
-CHUNK = 50_000
-"""Rows of a table that are in memory at once."""
 
 model = typer.Typer(
     add_completion=False,
@@ -126,29 +116,49 @@ def predict(
     source: Annotated[
         Path, typer.Option("--in", help="Raw rows: CSV, Parquet, or .npy and .npz for a model of one tensor.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="The CSV file to write.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write: CSV, or Parquet by its name.")],
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Write nothing if a row cannot be predicted.")
+    ] = False,
+    root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """Predict for every row of a file. Columns that the model does not take (a row's id) are handed through.
+    """Predict for every row of a file, however long. Columns that the model does not take are handed through.
+
+    A row that the model cannot take gets no prediction, and its number is told.
 
     Example: consortium model predict out/model --in patients.csv --out predictions.csv
     """
     from consortium.server.model import load_model
+    from consortium.server.predicting import predict_file
 
     started = time.monotonic()
-    loaded = load_model(_located(path))
-    rows = _write(loaded, source, out)
+    loaded = load_model(_located(path), root=root)
+    report = predict_file(loaded, source, out, strict)
     seconds = time.monotonic() - started
     if as_json:
         said = {
-            "rows": rows,
+            "rows": report.rows,
+            "bad_rows": report.bad_rows,
+            "problems": list(report.problems),
+            "beyond": dict(report.beyond),
             "out": str(out),
             "model": loaded.contract["model"],
             "seconds": round(seconds, 3),
         }
         typer.echo(json.dumps(said, indent=2))
         return
-    typer.echo(f"{out}: {rows} predictions of model {loaded.contract['model'][:12]}, {seconds:.1f} s")
+    for problem in report.problems:
+        typer.echo(f"no prediction: {problem}", err=True)
+    for name, count in report.beyond.items():
+        typer.echo(
+            f"column '{name}': {count} values beyond what the study declares, taken as in training", err=True
+        )
+    bad = f", {report.bad_rows} rows without one" if report.bad_rows else ""
+    said_rows = report.rows - report.bad_rows
+    typer.echo(
+        f"{out}: {said_rows} predictions of model {loaded.contract['model'][:12]}{bad}, {seconds:.1f} s"
+    )
 
 
 def _located(path: Path) -> Path:
@@ -156,84 +166,3 @@ def _located(path: Path) -> Path:
     from consortium.server.serving.registry import locate
 
     return locate(str(path), time.time)
-
-
-def _write(loaded: Model, source: Path, out: Path) -> int:
-    """Predict chunk by chunk into a file beside `out`, then rename it: `out` is whole or not there."""
-    inputs = loaded.contract["inputs"]
-    taken = {one["name"] for one in inputs}
-    partial = out.with_name(f".{out.name}.partial")
-    rows = 0
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            for chunk in _tensors(inputs[0], source) if inputs[0]["kind"] == "tensor" else _tables(source):
-                found = loaded.predict(chunk, first_row=rows + 1)
-                if inputs[0]["kind"] != "tensor":
-                    found = _beside(chunk.drop(columns=[name for name in chunk if name in taken]), found)
-                found.to_csv(file, index=False, header=rows == 0)
-                rows += len(found)
-        partial.replace(out)
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or out}: {error.strerror}; correct the path or its permissions"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return rows
-
-
-def _beside(others: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    import pandas as pd
-
-    twice = sorted({str(name) for name in others} & {str(name) for name in found})
-    if twice:
-        raise InputError(
-            f"the table already has columns {', '.join(twice)}; rename them, the predictions take these names"
-        )
-    return pd.concat([others.reset_index(drop=True), found.reset_index(drop=True)], axis=1)
-
-
-def _tables(source: Path) -> Iterator[pd.DataFrame]:
-    """A table in chunks; one empty chunk where it has no rows."""
-    import pandas as pd
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if source.suffix == ".parquet":
-            with pq.ParquetFile(source) as file:
-                if file.metadata.num_rows == 0:
-                    yield file.schema_arrow.empty_table().to_pandas()
-                for batch in file.iter_batches(CHUNK):
-                    yield batch.to_pandas()
-            return
-        # Text as it stands: the model says per column what is a number, and ids come out as they went in.
-        separator = "\t" if ".tsv" in source.suffixes else ","
-        with pd.read_csv(source, sep=separator, dtype=str, keep_default_na=False, chunksize=CHUNK) as reader:
-            yield from reader
-    except (pa.ArrowInvalid, pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{source}: is not a table as its name says ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _tensors(one: Mapping[str, Any], source: Path) -> Iterator[Any]:
-    """The rows of an array file in chunks."""
-    import numpy as np
-
-    if source.suffix not in (".npy", ".npz"):
-        raise InputError(f"{source}: this model takes one array; give an .npy or .npz file")
-    try:
-        loaded = np.load(source, allow_pickle=False)
-    except ValueError as error:
-        raise InputError(f"{source}: is not an array file ({error})") from error
-    if source.suffix == ".npz":
-        names = list(loaded.files)
-        if one["name"] not in names and len(names) != 1:
-            raise InputError(
-                f"{source}: holds {', '.join(names)}; one array called '{one['name']}' is needed"
-            )
-        loaded = loaded[one["name"] if one["name"] in names else names[0]]
-    size = 1024
-    for start in range(0, max(len(loaded), 1), size):
-        yield loaded[start : start + size]

@@ -210,9 +210,9 @@ def test_predict_command_streams_csv_and_parquet(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Rows come out in order, ids as they went in, the same from CSV and Parquet and whatever the chunks."""
-    from consortium.server import model_cli
+    from consortium.server import predicting
 
-    monkeypatch.setattr(model_cli, "CHUNK", 3)
+    monkeypatch.setattr(predicting, "CHUNK", 3)
     out = patients.with_name("out.csv")
     assert consortium("model", "predict", exported, "--in", patients, "--out", out, "--json") == 0
     said = json.loads(capsys.readouterr().out)
@@ -253,16 +253,88 @@ def test_bad_tables_are_wrong_input_and_leave_no_file(
     reason: str,
 ) -> None:
     """Exit 2 with the reason, rows counted over the whole file, and no half-written output."""
-    from consortium.server import model_cli
+    from consortium.server import predicting
 
-    monkeypatch.setattr(model_cli, "CHUNK", 2)
+    monkeypatch.setattr(predicting, "CHUNK", 2)
     (tmp_path / "in.csv").write_bytes(content)
     assert (
-        consortium("model", "predict", exported, "--in", tmp_path / "in.csv", "--out", tmp_path / "o.csv")
+        consortium(
+            "model", "predict", exported, "--in", tmp_path / "in.csv", "--out", tmp_path / "o.csv", "--strict"
+        )
         == 2
     )
     assert reason in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
+
+
+def test_rows_that_cannot_be_predicted_are_told_and_left_empty(
+    exported: Path,
+    rows: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Bad rows are counted over the whole file and get no prediction; the others have theirs; the same in Parquet."""
+    from consortium.server import predicting
+
+    monkeypatch.setattr(predicting, "CHUNK", 3)
+    frame = rows(8).drop(columns="ill")
+    frame["cat"] = frame["cat"].astype(str)
+    frame.loc[[1, 6], "cat"] = ["x", "inf"]
+    frame.loc[2, "linear"] = 1e6
+    frame.to_csv(tmp_path / "in.csv", index=False)
+    frame.to_parquet(tmp_path / "in.parquet")
+    for source, out in (("in.csv", "out.csv"), ("in.parquet", "out.parquet"), ("in.csv", "both.parquet")):
+        given = ["--in", tmp_path / source, "--out", tmp_path / out, "--json"]
+        assert consortium("model", "predict", exported, *given) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert (said["rows"], said["bad_rows"]) == (8, 2)
+        assert said["problems"] == [
+            "column 'cat': 1 row (2): not a finite number", "column 'cat': 1 row (7): not a finite number",
+        ]  # fmt: skip
+        assert said["beyond"]["linear"] >= 1
+        assert said["beyond"]["smokes?"] >= 1
+        read = pd.read_csv if out.endswith("csv") else pd.read_parquet
+        found = read(tmp_path / out)
+        assert found["id"].tolist() == [f"p{i}" for i in range(8)]
+        assert found["probability_1"].isna().tolist() == [i in (1, 6) for i in range(8)]
+        good = frame.drop(index=[1, 6])
+        expected = load_model(exported).predict(good)["probability_1"]
+        np.testing.assert_allclose(found["probability_1"].dropna(), expected, atol=1e-6)
+    assert (
+        consortium("model", "predict", exported, "--in", tmp_path / "in.csv", "--out", tmp_path / "o.csv")
+        == 0
+    )
+    assert "no prediction: column 'cat': 1 row (2)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(exported: Path, rows: Any, tmp_path: Path) -> None:
+    """Ten times the rows take no more memory at the peak, a tenth aside."""
+    frame = rows(50_000).drop(columns="ill")
+    program = """
+import resource, sys
+from consortium.protocol.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert not end.code
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = []
+    for times in (4, 40):
+        with (tmp_path / "in.csv").open("w") as file:
+            for place in range(times):
+                frame.to_csv(file, index=False, header=place == 0)
+        done = subprocess.run(
+            [
+                sys.executable, "-c", program, "model", "predict", exported, "--in", tmp_path / "in.csv",
+                "--out", tmp_path / "out.csv",
+            ],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks.append(int(done.stdout.splitlines()[-1]))
+    assert peaks[1] < 1.1 * peaks[0], peaks
 
 
 def test_absent_input_and_unwritable_output_are_wrong_input(
