@@ -90,7 +90,7 @@ def test_peak_memory_sees_an_allocation_that_is_freed_again(report: ModuleType) 
         block = np.ones(8_000_000)
         time.sleep(0.05)
         del block
-    assert 60 < peak.mb < 100
+    assert 50 < peak.mb < 100  # 64 MB, less what the collector freed of other things meanwhile
 
 
 def test_peak_memory_sees_child_processes(report: ModuleType) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -476,7 +477,7 @@ def test_every_command_shows_an_example_that_parses() -> None:
     for path, command in found.items():
         examples = re.findall(r"^(?:Example: |)consortium (.*)$", command.help or "", re.M)
         assert examples, path
-        for words in map(str.split, examples):
+        for words in map(shlex.split, examples):
             assert tuple(words[: len(path)]) == path, words
             command.make_context(path[-1], words[len(path) :])
 

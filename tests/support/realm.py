@@ -359,6 +359,8 @@ def realm(folder: Path, name: str = "lung", *, passphrase: str = "") -> Iterator
         wait_for(lambda: one.admin("GET", "/v1/status").status == 200, 30, "the server does not answer")
         yield one
     finally:
+        # A test may have started it anew.
+        server = one.server
         family = descendants([server.pid])
         server.terminate()
         try:
