@@ -4,7 +4,7 @@ It speaks over the socket that it was started with (`protocol/local.py`). First 
 
     {"study": text, "site": name, "source": {"path", "mapping", "key": hex}, "state": folder, "key": hex}
 
-When it has started, it says {"up": true}. Then, for each instruction, {"run", "header": text, "model": digest}
+When it has loaded these data, it says {"up": true}. Then, for each instruction, {"run", "header": text, "model": digest}
 and a file with the content comes in, and {"header": text} and perhaps a file goes out, or {"error": text} that holds no
 path, no column of the site's own and no record. An answer is durable in `state` before it goes out (it is that very
 file, encrypted under "key"), and the same question gets the same answer without anything being computed.
@@ -54,6 +54,7 @@ def serve(descriptor: int) -> int:
     worker: Worker | None = None
     try:
         about, _ = local.receive(connection)
+        worker = _warm(about)
         local.send(connection, {"up": True})
         while True:
             question, files = local.receive(connection)
@@ -76,6 +77,18 @@ def serve(descriptor: int) -> int:
             keep_freed_memory()  # the data are loaded: from here on the same large arrays come and go
     except local.ClosedError:
         return 0
+
+
+def _warm(about: Mapping[str, Any]) -> Worker | None:
+    """A worker with its data loaded; None where that cannot be: the first instruction will say why."""
+    try:
+        worker = Worker(about)
+        worker.warm()
+    except ConsortiumError:
+        return None
+    except Exception:  # noqa: BLE001 - of the study's own code; the first instruction will meet it again
+        return None
+    return worker
 
 
 def _confine() -> None:
@@ -110,6 +123,10 @@ class Worker:
         self._net.lends = True  # an update is stored before anything else is computed
         self._site: Site = open_site(self._study, task, strategy.local, self._net, source)
         self._run, self._kept = "", Kept()
+
+    def warm(self) -> None:
+        """Load the site's data. Raises as the task's `data`."""
+        self._site.warm()
 
     def reply(self, run: str, header: bytes, model: str, files: list[int]) -> tuple[bytes, list[int]]:
         """Header of the answer to an instruction whose content was hashed on its way here, and the file that was kept.

@@ -160,6 +160,11 @@ class Site:
     _trainer: TorchTrainer | None = None
     _note: str = ""
     _units: NDArray[np.int64] | None = None
+    _warm: Rows | None = None
+
+    def warm(self) -> None:
+        """Load the rows now, for the first instruction that needs them. Raises as `load`."""
+        self._warm = self.load()
 
     def answer(self, instruction: Instruction) -> Answer:
         """Do what is asked; a site that cannot declines with its reason. Nothing of the answer is kept here."""
@@ -210,7 +215,7 @@ class Site:
         """The trainer, its rows preprocessed by the federation's sums, which never change within a run."""
         sums = {name: values for name, values in sums.items() if name not in mechanisms.RESERVED}
         if self._trainer is None or (sums and self._trainer.preprocessed is False):
-            data = self.load()
+            data, self._warm = self._warm or self.load(), None
             self._note = data.note if self.mechanism is None else ""  # it counts records
             step = self.task.preprocessing(sums) if sums or not self.task.prepares else None
             self._units = self._checked_units(data)

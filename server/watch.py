@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
@@ -29,17 +29,15 @@ def board(admin: Admin, name: str, console: Console) -> Iterator[Callable[[], No
         yield update
 
 
-def table(said: dict[str, Any]) -> Table:
-    """A document of `study show` as a table of its sites."""
+def table(said: dict[str, Any]) -> Group:
+    """A document of `study show`: how the run stands, and a table of its sites."""
     why = f": {said['why']}" if said["why"] else ""
     since = time.strftime("%H:%M:%S", time.localtime(said["since"]))
     head = f"{said['run'] or said['study']}, round {said['round']} of {said['rounds']}"
     head += f", {said['state']}{why} (since {since})"
-    found = Table(
-        "site", "now", "counted last", "late", "last error", title=escape(head), title_justify="left"
-    )
+    found = Table("site", "now", "counted last", "late", "last error")
     for site, about in said["sites"].items():
         error = about["set_aside"] or about["last_error"] or ""
         row = (site, about["state"], f"round {about['last_round']}", str(about["late"] or ""), error)
         found.add_row(*(escape(one) for one in row))
-    return found
+    return Group(escape(head), found)

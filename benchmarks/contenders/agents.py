@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -22,6 +24,7 @@ from consortium.client import joining
 from consortium.client.agent import Agent
 from consortium.client.home import Home
 from consortium.client.work import Answered, Given
+from consortium.protocol.errors import ConsortiumError
 from consortium.protocol.messages import Answer, Payload, encode
 from consortium.server.admin_client import Admin
 from contenders.live import FEATURES, ROWS
@@ -29,6 +32,8 @@ from contenders.live import FEATURES, ROWS
 PROCESSES = 2
 BINS = 256
 HOLE = 1 << 16
+LATE = 0.7
+"""Seconds."""
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -65,6 +70,30 @@ class Trivial:
         return Answered(header, _file(views))
 
 
+class Unreliable(Trivial):
+    """Trivial, but that a share of its answers to training are, a third each, late by `LATE`, lost, or NaN."""
+
+    def __init__(self, parameters: int, share: float, seed: int) -> None:
+        super().__init__(parameters)
+        self._nan = np.full(parameters, np.nan, np.float32)
+        self._share, self._random = share, random.Random(seed)
+
+    def answer(self, given: Given) -> Answered:
+        about = given.about
+        drawn = self._random.random() / self._share if self._share and about.kind == "train" else 1.0
+        if drawn < 1 / 3:
+            time.sleep(LATE)
+        elif drawn < 2 / 3:
+            time.sleep(max(0.0, about.expires - time.time()) + 0.01)
+            raise ConsortiumError("the answer is lost")  # after its time, the agent sends none
+        elif drawn < 1:
+            header, views = encode(
+                Answer.to_instruction(about, weight=ROWS / 2, payload=Payload({"shared": self._nan}))
+            )
+            return Answered(header, _file(views))
+        return super().answer(given)
+
+
 def _file(views: Sequence[memoryview]) -> BinaryIO:
     """A file of the views, one after the other; a long one is zeros, of which a file need not hold anything."""
     file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - the agent closes it
@@ -86,18 +115,21 @@ def join(admin: Admin, folder: Path, number: int) -> list[Path]:
 
 
 @contextmanager
-def agents(homes: Sequence[Path], parameters: int = FEATURES + 1) -> Iterator[None]:
-    """The agents of these folders run while the block lasts. parameters: of the model that is trained."""
+def agents(homes: Sequence[Path], parameters: int = FEATURES + 1, faulty: float = 0.0) -> Iterator[list[int]]:
+    """The agents of these folders run while the block lasts; the ids of their processes.
+
+    parameters: of the model that is trained. faulty: the share of `Unreliable` answers.
+    """
     started: list[tuple[BaseProcess, Connection]] = []
     for part in range(PROCESSES):
         ours, theirs = _SPAWN.Pipe()
         process: BaseProcess = _SPAWN.Process(
-            target=_host, args=(homes[part::PROCESSES], parameters, theirs), daemon=True
+            target=_host, args=(homes[part::PROCESSES], parameters, faulty, theirs), daemon=True
         )
         process.start()
         started.append((process, ours))
     try:
-        yield
+        yield [process.pid or 0 for process, _ in started]
     finally:
         for process, pipe in started:
             pipe.send(None)
@@ -105,11 +137,11 @@ def agents(homes: Sequence[Path], parameters: int = FEATURES + 1) -> Iterator[No
             process.kill()
 
 
-def _host(homes: Sequence[Path], parameters: int, pipe: Connection) -> None:
+def _host(homes: Sequence[Path], parameters: int, faulty: float, pipe: Connection) -> None:
     running = []
-    for folder in homes:
+    for number, folder in enumerate(homes):
         home = Home(folder)
-        agent = Agent(home, home.lock(), Trivial(parameters))
+        agent = Agent(home, home.lock(), Unreliable(parameters, faulty, number))
         agent.start()
         running.append(agent)
     pipe.recv()

@@ -317,6 +317,41 @@ def test_watching_a_study_that_is_not_started_says_so(place: Place) -> None:
     assert [json.loads(line)["kind"] for line in out.splitlines()]
 
 
+def test_watching_on_a_terminal_keeps_a_table_of_the_sites(place: Place) -> None:
+    """Each site with what it does now, and the run with why it waits; it ends with the run."""
+    study = place.folder / "terminal.toml"
+    study.write_text(STUDY.replace(NAME, "terminal"))
+    to = ["--dir", str(place.server)]
+    assert quietly("study", "submit", study, *to).returncode == 0
+    assert quietly("study", "start", "terminal", *to).returncode == 0
+    master, terminal = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    watch = subprocess.Popen(
+        [COMMAND, "study", "watch", "terminal", *to], stdout=terminal, stderr=terminal, env=environment
+    )
+    os.close(terminal)
+    shown = b""
+
+    def read() -> bool:
+        nonlocal shown
+        try:
+            shown += os.read(master, 65536)
+        except OSError:  # the other end is closed
+            return False
+        return True
+
+    while b"waiting for sites: 1 of at least 2 sites are connected (hospital-1)" not in shown:
+        assert read(), shown
+    while b"hospital-1 " not in shown or b" ready " not in shown:
+        assert read(), shown
+    assert quietly("study", "stop", "terminal", *to).returncode == 0
+    while read():
+        pass
+    os.close(master)
+    assert watch.wait(30) == 0
+    assert b"stopped: by the admin" in shown
+
+
 def test_status_is_one_document(type_in: Type, place: Place) -> None:
     """Of the server with its doors and sites; of the client with its connection."""
     status = type_in("server", "status", "--dir", place.server, "--json").json()

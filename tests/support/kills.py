@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,8 +36,9 @@ import numpy as np
 from live import Live, children, hospitals, study
 from replay import Replayed, replay, rounds_of
 
-from consortium.client.store import Store
+from consortium.client import store
 from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.files import write_private
 from consortium.protocol.study import Study
 from consortium.server.records import Round
 from consortium.server.states import OVER
@@ -73,6 +76,49 @@ class Tally:
             f"{self.kills.total()} kills ({killed}) in {self.runs} runs: {self.rounds} rounds committed, "
             f"{self.void} attempts void, {self.left_out} answers left out"
         )
+
+
+class Kept:
+    """What each site keeps of the runs, as it was last: sites remove it when a run is over, so it is copied before.
+
+    A file is replaced whole, and the last one stands until the server has exported the model.
+    """
+
+    def __init__(self, federation: Live, folder: Path) -> None:
+        self._federation, self._folder = federation, folder
+        self._seen: dict[Path, tuple[int, int]] = {}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+
+    def __enter__(self) -> Kept:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def of(self, site: str, run: str) -> store.Kept:
+        """What the site kept of a run."""
+        home = self._federation.home(site)
+        return store.Store(self._folder / site, run, home.data_key(home.lock()).of(f"run {run}")).load()
+
+    def _loop(self) -> None:
+        while not self._ended.wait(0.02):
+            for site in list(self._federation.places):
+                for path in self._federation.home(site).state.glob("*.safetensors"):
+                    with suppress(OSError):  # it is removed
+                        self._copy(site, path)
+
+    def _copy(self, site: str, path: Path) -> None:
+        with path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            if self._seen.get(path) == (about.st_ino, about.st_mtime_ns):
+                return
+            content = file.read()
+        (self._folder / site).mkdir(parents=True, exist_ok=True)
+        write_private(self._folder / site / path.name, content)
+        self._seen[path] = (about.st_ino, about.st_mtime_ns)
 
 
 @dataclass
@@ -151,8 +197,8 @@ def study_of(number: int, strategy: str, rounds: int, epochs: int, deadline: str
     return one.with_(strategy=STRATEGIES[strategy], export={"formats": ["safetensors"]})
 
 
-def check(federation: Live, one: Study) -> list[Round]:
-    """See that a run that is over came to what its records say; gives these.
+def check(federation: Live, one: Study, sites: Kept) -> list[Round]:
+    """See that a run that is over came to what its records say; gives these. sites: what they kept of it.
 
     Raises:
         AssertionError: it did not.
@@ -171,13 +217,11 @@ def check(federation: Live, one: Study) -> list[Round]:
     loaded: np.ndarray[Any, Any] = np.load(folder / "model.npy", allow_pickle=False)
     assert loaded.tobytes() == right.model.tobytes()
     for site in federation.places:
-        _check_site(federation, site, shown["run"], rounds, right)
+        _check_site(site, sites.of(site, shown["run"]), rounds, right)
     return rounds
 
 
-def _check_site(federation: Live, site: str, run: str, rounds: Sequence[Round], right: Replayed) -> None:
-    home = federation.home(site)
-    kept = Store(home.state, run, home.data_key(home.lock())).load()
+def _check_site(site: str, kept: store.Kept, rounds: Sequence[Round], right: Replayed) -> None:
     counted = max((one.round for one in rounds if not one.void and site in one.admitted), default=0)
     state = kept.memory.settled(counted).committed
     assert state.keys() == right.states[site].keys(), site
@@ -207,7 +251,7 @@ def campaign(
     most: kills of one run.
     """
     rng, tally = random.Random(seed), Tally()
-    with hospitals(folder, SITES) as federation:
+    with hospitals(folder, SITES) as federation, Kept(federation, folder / "kept") as sites:
         while tally.kills.total() < kills or tally.runs < len(strategies):
             strategy = strategies[tally.runs % len(strategies)]
             one = study_of(tally.runs + 1, strategy, rounds, epochs, rng.choice(DEADLINES))
@@ -216,7 +260,7 @@ def campaign(
             storm = Storm(federation, one.name, rng, gaps, say)
             done = storm.rage(min(most, kills - tally.kills.total()))
             federation.over(one.name, 300)
-            records = check(federation, one)
+            records = check(federation, one, sites)
             federation.quiet()
             tally.kills += done
             tally.runs += 1
