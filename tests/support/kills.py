@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -54,6 +55,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 DEADLINES = ("8s", "30s", "1m")
 """The first loses answers to kills, the last waits for them."""
 WHATS = ("server", "run", "agent", "worker")
+PATIENCE = 0.7
+"""The share of kills before which a round is let pass: while all is only starting again, there is little to break."""
 DOWN = 1.0
 """The longest that a server or an agent is down before it is started again, seconds."""
 
@@ -135,27 +138,31 @@ class Storm:
     def rage(self, kills: int) -> Counter[str]:
         """Kill so many, or until the run is over; all is started again then."""
         done = Counter[str]()
-        due = time.monotonic() + self.rng.uniform(*self.gaps)
-        while done.total() < kills and not self._over():
+        pause, due, passed = self.rng.uniform(*self.gaps), math.inf, -1
+        while done.total() < kills and (at := self._round()) is not None:
             self._start_again()
+            if due == math.inf and at > passed:
+                due = time.monotonic() + pause
             if time.monotonic() >= due:
                 what = self._kill()
                 done[what] += bool(what)
-                due = time.monotonic() + self.rng.uniform(*self.gaps)
-            time.sleep(0.01)
+                pause, due, passed = self.rng.uniform(*self.gaps), math.inf, max(at, passed)
+                if self.rng.random() > PATIENCE:
+                    due = time.monotonic() + pause
+            time.sleep(0.05)
         while self.back:
             self._start_again()
             time.sleep(0.01)
         self.federation.until(self.federation.answers, 60, "the server does not answer")
         return +done
 
-    def _over(self) -> bool:
-        """Whether the run is over, as far as the server says."""
-        if "server" in self.back:
-            return False
-        with suppress(ConsortiumError):
-            return self.federation.show(self.name)["state"] in OVER
-        return False
+    def _round(self) -> int | None:
+        """The rounds committed, as far as the server says, -1 where it says nothing; None: the run is over."""
+        if "server" not in self.back:
+            with suppress(ConsortiumError):
+                shown = self.federation.show(self.name)
+                return None if shown["state"] in OVER else int(shown["round"])
+        return -1
 
     def _start_again(self) -> None:
         for name in [name for name, at in self.back.items() if time.monotonic() >= at]:
