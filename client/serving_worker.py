@@ -4,10 +4,10 @@ It speaks over the socket that it was started with (`protocol/local.py`). First 
 
     {"study": text, "site": name, "source": {"path", "mapping", "key": hex}, "state": folder, "key": hex}
 
-When it has loaded these data, it says {"up": true}. Then, for each instruction, {"run", "header": text, "model": digest}
-and a file with the content comes in, and {"header": text} and perhaps a file goes out, or {"error": text} that holds no
-path, no column of the site's own and no record. An answer is durable in `state` before it goes out (it is that very
-file, encrypted under "key"), and the same question gets the same answer without anything being computed.
+When it has loaded these data, it says {"up": true}. Then, for each instruction, {"run", "header": text, "model":
+digest} and a file with the content comes in, and {"header": text} and perhaps a file goes out, or {"error": text} that
+holds no path, no column of the site's own and no record. An answer is durable in `state` before it goes out (it is that
+very file, encrypted under "key"), and the same question gets the same answer without anything being computed.
 """
 
 from __future__ import annotations
