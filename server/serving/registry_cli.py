@@ -21,8 +21,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to `consortium model`."""
-    for command in (register, list_, promote, rollback, withdraw):
-        app.command(name=command.__name__.rstrip("_"))(command)
+    for command in (register, list_, promote, rollback, withdraw, affected_by):
+        app.command(name=command.__name__.rstrip("_").replace("_", "-"))(command)
 
 
 def register(
@@ -124,6 +124,28 @@ def withdraw(which: Which, registry: Folder, why: Why, as_json: Json = False) ->
     if number is None:
         raise InputError(f"{name}: which version? for example: consortium model withdraw {name}@1 --why TEXT")
     _said(name, _registry(registry).withdraw(name, number, why), as_json)
+
+
+def affected_by(
+    site: Annotated[str, typer.Argument(help="A site's name.")], registry: Folder, as_json: Json = False
+) -> None:
+    """Show which versions hold updates of a site, and which of them are live.
+
+    Example: consortium model affected-by hospital-2 --registry models
+    """
+    from consortium.server.serving.registry import affected_by as ask
+
+    found = ask(_registry(registry), site)
+    if as_json:
+        typer.echo(json.dumps({"site": site, "versions": found}, indent=2))
+        return
+    for one in found:
+        marks = ", ".join(["withdrawn"] if one["withdrawn"] else one["aliases"]) or "not live"
+        typer.echo(
+            f"{one['name']}@{one['version']}  {marks}; rounds {', '.join(map(str, one['rounds'])) or 'none'}"
+        )
+    if not found:
+        typer.echo(f"no version holds updates of '{site}'")
 
 
 def _registry(folder: Path) -> Registry:

@@ -18,6 +18,7 @@ Dir = Annotated[
 def add_to(app: typer.Typer) -> None:
     """Add the commands to `consortium model`."""
     app.command()(serve)
+    app.command()(export)
     app.command()(token)
 
 
@@ -94,6 +95,38 @@ def serve(
         sys.stdout.flush()
 
     run(settings, ready)
+
+
+def export(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="An exported model, or REGISTRY/NAME[@VERSION].")
+    ],
+    to: Annotated[str, typer.Option("--to", help="triton, or kserve.")],
+    out: Annotated[Path, typer.Option("--out", help="The new folder to write.")],
+    uri: Annotated[str, typer.Option("--uri", help="For kserve: where the cluster finds the folder.")] = "",
+    root: Annotated[
+        str | None, typer.Option("--root", help="Fingerprint of the root that must have signed it.")
+    ] = None,
+    unsigned: Annotated[bool, typer.Option("--unsigned", help="Take a simulation's model too.")] = False,
+) -> None:
+    """Write a verified model for an engine past one machine: a Triton model repository, and KServe's service over it.
+
+    Example: consortium model export models/lung --to kserve --out lung --uri pvc://models/lung --root 3f1c...
+    """
+    import time
+
+    from consortium.protocol.errors import InputError
+    from consortium.server import seal
+    from consortium.server.serving import scale_out
+    from consortium.server.serving.registry import locate
+
+    if to not in ("triton", "kserve"):
+        raise InputError(f"--to: got {to[:40]!r}; triton or kserve would be right")
+    roots = seal.fingerprints(() if root is None else (root,))
+    files = scale_out.files(locate(str(path), time.time), roots, unsigned, uri if to == "kserve" else None)
+    scale_out.write(files, out)
+    for name in sorted(files):
+        typer.echo(str(out / name))
 
 
 def token(
