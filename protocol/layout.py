@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -54,12 +55,12 @@ class Segment:
     dtype: Literal["float32", "float64"]
     arrays: tuple[Array, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many numbers the segment holds."""
         return sum(array.size for array in self.arrays)
 
-    @property
+    @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
         """The little-endian numpy dtype of the segment."""
         return np.dtype("<f4" if self.dtype == "float32" else "<f8")

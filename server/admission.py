@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from consortium.protocol.metrics import examples, problem
 _CHUNK = 1 << 13
 """Numbers; a longer dot product would wake BLAS's threads, and its bits would depend on how many there are."""
 
+_ROUGH_CHUNK = 1 << 22
+"""Numbers; where bits do not matter, only that a sum of so many products is about right."""
+
 _MOST_METRICS = 64
 _METRIC = re.compile(r"[\w.@%/-]{1,64}", re.ASCII)
 """A metric's name is kept with the round, and shown to people."""
@@ -33,7 +37,8 @@ _LEAST_WEIGHT = 2.0**-64
 
 @dataclass(frozen=True)
 class Admitted:
-    """A valid answer. `norm` is the L2 norm of the shared update, 0 where there is none."""
+    """A valid answer. `norm` is the L2 norm of the shared update, NaN where it was only bounded, 0 where there is no
+    update."""
 
     answer: Answer
     norm: float
@@ -45,12 +50,20 @@ class Gate:
 
     max_weight: the most that one site may count. mechanism: of the study's privacy; where updates are clipped as a
     whole, a longer one is left out: noise was not measured for it.
+    norms: whether norms are asked for (`Reducer.norms`); else they are only bounded, which costs a fourth.
     """
 
     instruction: Instruction
     layout: Layout
     max_weight: float
     mechanism: Mechanism | None = None
+    norms: bool = True
+
+    @cached_property
+    def _wanted(self) -> dict[str, Segment]:
+        """The segments of an update, by kind."""
+        segments = (self.layout["shared"], self.layout["control"])
+        return {segment.kind: segment for segment in segments if segment.size}
 
     def check(self, answer: Answer) -> Admitted | str:
         """The admitted answer, or the reason why it is left out."""
@@ -118,34 +131,39 @@ class Gate:
             return f"weight {answer.weight} is not a positive number to compute with"
         if answer.weight > self.max_weight:
             return f"weight {answer.weight:g} is above the study's cohort.max_weight, {self.max_weight:g}"
-        wanted: dict[str, Segment] = {
-            s.kind: s for s in (self.layout["shared"], self.layout["control"]) if s.size
-        }
-        wrong = shape_problem(answer.payload.vectors, wanted)
+        vectors = answer.payload.vectors
+        wrong = shape_problem(vectors, self._wanted)
         if wrong:
             return wrong
         if answer.payload.opaque or (set(answer.payload.statistics) != self._bits):
             return "sends content that the study does not declare"
         if any(bit.shape != () or float(bit) not in (0.0, 1.0) for bit in answer.payload.statistics.values()):
             return "says neither that its update was clipped nor that it was not"
-        norms = {kind: norm(answer.payload.vectors[kind]) for kind in wanted}
-        for kind, value in norms.items():
+        measured, longest = math.nan, self._longest
+        exact = self.norms or longest < math.inf
+        for kind, segment in self._wanted.items():
+            most = largest_norm(segment)
+            if not exact and _well_below(vectors[kind], most):
+                continue
+            value = norm(vectors[kind])
             if not math.isfinite(value):
                 return f"the {kind} update is not finite"
-            if value > largest_norm(wanted[kind]):
+            if value > most:
                 return f"the {kind} update is too large to compute with (norm {value:.3g})"
-        if norms["shared"] > self._longest:
+            if kind == "shared":
+                measured = value
+        if measured > longest:
             return (
-                f"the shared update has norm {norms['shared']:.6g}, above the clip bound {self._longest:.6g}: the "
+                f"the shared update has norm {measured:.6g}, above the clip bound {longest:.6g}: the "
                 "noise would not hide it"
             )
-        return Admitted(answer, norms["shared"])
+        return Admitted(answer, measured)
 
-    @property
+    @cached_property
     def _bits(self) -> set[str]:
         return {WITHIN} if self.mechanism is not None and self.mechanism.quantile is not None else set()
 
-    @property
+    @cached_property
     def _longest(self) -> float:
         if self.mechanism is None or self.mechanism.name != "central-gaussian":
             return math.inf
@@ -154,7 +172,7 @@ class Gate:
 
 def shape_problem(vectors: Mapping[str, Vector], wanted: Mapping[str, Segment]) -> str:
     """Why `vectors` do not have the wanted segments' names, dtypes and sizes; empty where they do."""
-    if set(vectors) != set(wanted):
+    if vectors.keys() != wanted.keys():
         return f"sends the vectors {clip(str(sorted(vectors)))}, {sorted(wanted)} were asked for"
     for kind, segment in wanted.items():
         vector = vectors[kind]
@@ -184,6 +202,20 @@ def norm(vector: Vector) -> float:
         chunk = vector[start : start + _CHUNK].astype(np.float64)
         total += float(np.dot(chunk, chunk))
     return math.sqrt(total) if total == total else math.nan
+
+
+def _well_below(vector: Vector, most: float) -> bool:
+    """Whether the norm of `vector` is surely finite and below `most`, from products in its own dtype.
+
+    They may be off by 1e-3 or overflow, so half of `most` is asked for; not-finite numbers make a sum that is below
+    nothing. Where this says no, only `norm` can tell.
+    """
+    total = 0.0
+    for start in range(0, vector.size, _ROUGH_CHUNK):
+        chunk = vector[start : start + _ROUGH_CHUNK]
+        with np.errstate(over="ignore", invalid="ignore"):
+            total += float(np.dot(chunk, chunk))
+    return total < (most / 2) ** 2
 
 
 def clip(text: str, longest: int = 200) -> str:

@@ -155,7 +155,13 @@ def _exchange(
         payload=Payload(_vectors(state, kind), state.statistics),
         counted=state.counted,
     )
-    gate = Gate(instruction, plan.layout, plan.study.cohort.max_weight, plan.mechanism)
+    gate = Gate(
+        instruction,
+        plan.layout,
+        plan.study.cohort.max_weight,
+        plan.mechanism,
+        norms=plan.strategy.reducer.norms,
+    )
     count = tally.Count(cohort.sites, gate, cohort.enough)
     if cohort.sites:
         clients.ask(cohort.sites, instruction)

@@ -35,7 +35,7 @@ class Contribution:
     slot: the site's place in the asked cohort, sorted by name; 0 for the first.
     update: local model minus global, 1-D, the segment's dtype; perhaps memory-mapped, never written to.
     weight: > 0, already capped by the study.
-    norm: L2 norm of `update` in float64.
+    norm: L2 norm of `update` in float64; NaN where the reducer says that it looks at none.
     """
 
     slot: int
@@ -84,6 +84,7 @@ class Reducer:
     scale, weight: where the rule is a sum, and so accepts `BlockSum`: the factor on a contribution's update, and
         its part of the divisor. The result is sum(scale * update) / sum(weight). They differ where updates are
         bounded. None for rules that are not sums.
+    norms: whether it looks at the contributions' norms; where it does not, they need not be measured.
     """
 
     init: Callable[[int, np.dtype[Any]], State]
@@ -93,6 +94,7 @@ class Reducer:
     minimum: int = 1
     scale: Callable[[Contribution], float] | None = None
     weight: Callable[[Contribution], float] | None = None
+    norms: bool = True
 
 
 @dataclass(frozen=True)

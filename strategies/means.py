@@ -29,7 +29,7 @@ PENDING = 16 * BLOCK
 
 def mean() -> Reducer:
     """Every update counts the same: sum(update) / n."""
-    return _summing(scale=lambda _: 1.0, weight=lambda _: 1.0, sensitivity=lambda n: 1.0 / n)
+    return _summing(scale=lambda _: 1.0, weight=lambda _: 1.0, sensitivity=lambda n: 1.0 / n, norms=False)
 
 
 def weighted_mean() -> Reducer:
@@ -38,7 +38,9 @@ def weighted_mean() -> Reducer:
     It has no sensitivity: what one site can change depends on the weights of all sites, which are themselves
     read from records.
     """
-    return _summing(scale=lambda c: c.weight, weight=lambda c: c.weight, sensitivity=lambda _: None)
+    return _summing(
+        scale=lambda c: c.weight, weight=lambda c: c.weight, sensitivity=lambda _: None, norms=False
+    )
 
 
 def norm_bounded(bound: float, weighted: bool = True) -> Reducer:
@@ -56,9 +58,9 @@ def norm_bounded(bound: float, weighted: bool = True) -> Reducer:
         return c.weight if weighted else 1.0
 
     def scale(c: Contribution) -> float:
-        return weight(c) * (bound / c.norm if c.norm > bound else 1.0)
+        return weight(c) * (1.0 if c.norm <= bound else bound / c.norm)
 
-    return _summing(scale, weight, lambda n: None if weighted else 1.0 / n)
+    return _summing(scale, weight, lambda n: None if weighted else 1.0 / n, norms=True)
 
 
 def accumulate(total: Vector, update: Vector, scale: float, scratch: Vector | None = None) -> None:
@@ -66,7 +68,7 @@ def accumulate(total: Vector, update: Vector, scale: float, scratch: Vector | No
 
     `total` and `update` are 1-D of one size and dtype. `scale` is rounded to that dtype; product and sum are
     rounded one after the other (not fused). `scratch`, of the same dtype and at least one number, saves the
-    allocation where many small vectors are added.
+    allocation where many small vectors are added; it may be `update` itself, where that is not needed any more.
     """
     if scratch is None:
         scratch = np.empty(max(1, min(SUM_BYTES // total.itemsize, total.size)), total.dtype)
@@ -149,6 +151,7 @@ def _summing(
     scale: Callable[[Contribution], float],
     weight: Callable[[Contribution], float],
     sensitivity: Callable[[int], float | None],
+    norms: bool,
 ) -> Reducer:
     def init(size: int, dtype: np.dtype[Any]) -> _Running:
         return _Running(np.zeros(size, dtype), 0.0, 0, -1, ())
@@ -185,7 +188,7 @@ def _summing(
         on_spans(lambda start, stop: np.divide(total[start:stop], by, total[start:stop]), total.size)
         return total
 
-    return Reducer(init, add, finish, sensitivity, scale=scale, weight=weight)
+    return Reducer(init, add, finish, sensitivity, scale=scale, weight=weight, norms=norms)
 
 
 def _add_blocks(total: Vector, blocks: Sequence[Sequence[tuple[Vector, Any]]]) -> None:

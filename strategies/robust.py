@@ -143,7 +143,7 @@ def multikrum(byzantine: int = 1, keep: int | None = None) -> Reducer:
             state = average.add(state, contributions[index])
         return average.finish(state)
 
-    return _keeping(combine, max(2 * byzantine + 3, keep or 1))
+    return _keeping(combine, max(2 * byzantine + 3, keep or 1), norms=True)
 
 
 def krum_scores(contributions: Sequence[Contribution], neighbours: int) -> Vector:
@@ -193,7 +193,7 @@ def _distances(contributions: Sequence[Contribution], centre: int) -> tuple[Vect
 
 
 def _keeping(
-    combine: Callable[[Sequence[Contribution], int, np.dtype[Any]], Vector], minimum: int
+    combine: Callable[[Sequence[Contribution], int, np.dtype[Any]], Vector], minimum: int, norms: bool = False
 ) -> Reducer:
     """A reducer that keeps all contributions and combines them at the end."""
 
@@ -211,4 +211,4 @@ def _keeping(
             raise InputError(f"this strategy's rule needs at least {minimum} updates, got {n}")
         return combine(state.contributions, state.size, state.dtype)
 
-    return Reducer(init, add, finish, lambda _: None, minimum)
+    return Reducer(init, add, finish, lambda _: None, minimum, norms=norms)

@@ -104,6 +104,14 @@ def test_norm_bound() -> None:
     np.testing.assert_allclose(found, (2 * np.array([0.6, 0.8]) + np.array([0.3, 0.4])) / 4, rtol=1e-15)
 
 
+def test_a_norm_that_was_not_measured_never_passes_a_bound() -> None:
+    """A rule that looks at norms says so; given none, its result is no number rather than one without a bound."""
+    assert norm_bounded(1.0).norms
+    assert not weighted_mean().norms
+    part = Contribution(0, np.array([3.0, 4.0]), 1.0, float("nan"))
+    assert np.isnan(reduced(norm_bounded(1.0), [part], 2, "float64")).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SUMS)
 @settings(deadline=None, max_examples=30)
