@@ -189,9 +189,9 @@ class Site:
         if instruction.kind == "evaluate":
             return Answer.to_instruction(instruction, metrics=counts)
         number, seed = instruction.round, self.study.seed
-        draws = self.draws(self.name, number, instruction.attempt)
+        draws = None if self.mechanism is None else self.draws(self.name, number, instruction.attempt)
         private = None
-        if self.mechanism is not None and self.mechanism.name == "dp-sgd":
+        if self.mechanism is not None and draws is not None and self.mechanism.name == "dp-sgd":
             private = Private(self.mechanism, draws, self._units)
             batches: Batches = private.batches(len(trainer.inputs))
         else:
@@ -202,11 +202,12 @@ class Site:
         payload = self._released(update, instruction.payload.statistics, draws)
         return Answer.to_instruction(instruction, weight=update.weight, payload=payload, metrics=counts)
 
-    def _released(self, update: Update, sums: Statistics, draws: Stream) -> Payload:
+    def _released(self, update: Update, sums: Statistics, draws: Stream | None) -> Payload:
         """What leaves the site of an update: with a mechanism on whole updates, clipped, and noised if that is here."""
         one = self.mechanism
         if one is None or one.name == "dp-sgd":
             return Payload(update.vectors)
+        assert draws is not None
         clipped, within = mechanisms.clip(update.vectors["shared"], mechanisms.bound_of(one, sums))
         vectors = {**update.vectors, "shared": mechanisms.add_noise(clipped, one.local_deviation, draws)}
         return Payload(vectors, {mechanisms.WITHIN: np.array(float(within))} if one.quantile else {})

@@ -318,20 +318,13 @@ class TorchTrainer:
 
     def _batches(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows of each batch; many batches are gathered at once, as one gather costs much less than many."""
-        pending: list[NDArray[np.int64]] = []
-        rows = 0
-        for number, batch in enumerate(batches):
-            pending.append(batch)
-            rows += len(batch)
-            if rows >= _GATHER or number + 1 == len(batches):
-                order = torch.from_numpy(np.concatenate(pending))
-                lengths = [len(one) for one in pending]
-                yield from zip(
-                    self.inputs.index_select(0, order).split(lengths),
-                    self.targets.index_select(0, order).split(lengths),
-                    strict=True,
-                )
-                pending, rows = [], 0
+        at_once = max(1, _GATHER // max(map(len, batches)))
+        for first in range(0, len(batches), at_once):
+            pending = batches[first : first + at_once]
+            order = torch.from_numpy(np.concatenate(pending))
+            lengths = [batch.size for batch in pending]
+            inputs, targets = self.inputs.index_select(0, order), self.targets.index_select(0, order)
+            yield from zip(inputs.split(lengths), targets.split(lengths), strict=True)
 
     def _variate(self, state: SiteState) -> Vector:
         segment = self.resident.layout["control"]
@@ -356,9 +349,32 @@ Rule = Callable[[Sequence[Tensor | None]], object]
 
 def _descend(task: Task, net: Resident, rule: Rule, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
     """One local step a batch."""
-    module, loss, parameters = net.module, task.loss, net.parameters
+    module, loss, parameters = net.module, task.loss, tuple(net.parameters)
     for inputs, targets in batches:
-        rule(torch.autograd.grad(loss(module(inputs), targets), parameters, allow_unused=True))
+        rule(gradients(loss(module(inputs), targets), parameters))
+
+
+def gradients(loss: Tensor, parameters: tuple[nn.Parameter, ...]) -> Sequence[Tensor | None]:
+    """d loss / d parameters; None where the loss does not depend on one.
+
+    What torch.autograd.grad(loss, parameters, allow_unused=True) gives, by the call of torch's engine that it ends in:
+    for a small model its checks, the same at every step, cost as much as the backward pass.
+
+    Raises:
+        RuntimeError: the loss is not one number, or does not depend on any parameter.
+    """
+    if loss.numel() != 1:
+        raise RuntimeError(f"the loss has shape {tuple(loss.shape)}; one number would be right")
+    found: Sequence[Tensor | None] = torch.autograd.Variable._execution_engine.run_backward(
+        (loss,),
+        (torch.ones_like(loss),),
+        False,  # the graph is not kept,
+        False,  # nor is one made of the gradients
+        parameters,
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return found
 
 
 def _rule(training: Training, net: Resident, proximal: float, shift: Tensor | None) -> Rule:

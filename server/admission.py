@@ -139,6 +139,11 @@ class Gate:
             return "sends content that the study does not declare"
         if any(bit.shape != () or float(bit) not in (0.0, 1.0) for bit in answer.payload.statistics.values()):
             return "says neither that its update was clipped nor that it was not"
+        measured = self._measured(vectors)
+        return measured if isinstance(measured, str) else Admitted(answer, measured)
+
+    def _measured(self, vectors: Mapping[str, Vector]) -> float | str:
+        """The norm of the shared update, NaN where it was only bounded; or why these vectors are left out."""
         measured, longest = math.nan, self._longest
         exact = self.norms or longest < math.inf
         for kind, segment in self._wanted.items():
@@ -157,7 +162,7 @@ class Gate:
                 f"the shared update has norm {measured:.6g}, above the clip bound {longest:.6g}: the "
                 "noise would not hide it"
             )
-        return Admitted(answer, measured)
+        return measured
 
     @cached_property
     def _bits(self) -> set[str]:

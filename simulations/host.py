@@ -71,6 +71,11 @@ class World:
         """The segments that an update has."""
         return ("shared", "control") if self.layout["control"].size else ("shared",)
 
+    def gate(self, instruction: Instruction) -> Gate:
+        """What an exchange accepts."""
+        norms = self.strategy.reducer.norms
+        return Gate(instruction, self.layout, self.study.cohort.max_weight, self.mechanism, norms=norms)
+
     def open(self, index: int) -> Site:
         """The site `names[index]`."""
         site = open_site(
@@ -152,7 +157,7 @@ class Sums:
 
 
 Store = Callable[[Kind, int, Vector], None]
-"""Keeps one slot's update of one segment."""
+"""Keeps a copy of one slot's update of one segment."""
 
 
 class Memories(Protocol):
@@ -170,6 +175,7 @@ class Host:
 
     def __init__(self, world: World, memories: Memories | None = None) -> None:
         self.world = world
+        world.net.lends = True  # an update is copied or added up before anything else is computed
         self._memories = memories
         self._sites: dict[int, Site] = {}
 
@@ -198,7 +204,8 @@ class Host:
                     store(kind, slot, update)
                 else:
                     one = Contribution(slot, update, verdict.answer.weight, verdict.norm)
-                    sums[kind] = include(self.world.strategy.reducer, sums.get(kind), one)
+                    # the update is used up, so the product may take its place
+                    sums[kind] = include(self.world.strategy.reducer, sums.get(kind), one, scratch=update)
         return share, sums
 
     def _verdict(self, gate: Gate, instruction: Instruction, index: int) -> Admitted | str:

@@ -8,7 +8,6 @@ import numpy as np
 
 from consortium.protocol.layout import Kind, Vector
 from consortium.protocol.messages import Answer, Instruction
-from consortium.server.admission import Gate
 from consortium.server.clients import Block
 from consortium.simulations.host import Host, Question, Share, Sums, World, block, blocks_of
 
@@ -30,9 +29,7 @@ class Inline:
         cohort.sort()
         names, counted = self._world.population.names, instruction.counted
         admitted = np.fromiter((counted.get(names[i], 0) for i in cohort), np.int32, len(cohort))
-        gate = Gate(
-            instruction, self._world.layout, self._world.study.cohort.max_weight, self._world.mechanism
-        )
+        gate = self._world.gate(instruction)
         self._question = Question(instruction, gate, cohort, admitted)
 
     def answers(self, deadline: float) -> Iterator[Answer | Block]:
@@ -46,7 +43,7 @@ class Inline:
             def store(
                 kind: Kind, slot: int, update: Vector, kept: dict[int, dict[str, Vector]] = kept
             ) -> None:
-                kept[slot][kind] = update
+                kept[slot][kind] = update.copy()
 
             share, sums = self._host.serve(question, slots, None if summed else store)
             totals.add(number, sums)

@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 from consortium.protocol.errors import ConsortiumError
 from consortium.protocol.layout import Kind, Vector
 from consortium.protocol.messages import Answer, Instruction, Payload
-from consortium.server.admission import Gate
 from consortium.server.clients import Block
 from consortium.simulations.host import Host, Question, Share, Sums, World, block, blocks_of, joined
 from consortium.simulations.shared import Vault, shared_array
@@ -349,7 +348,7 @@ def _question(world: World, areas: Areas, exchange: Exchange) -> Question:
         vector.flags.writeable = False
     statistics = exchange.instruction.payload.statistics
     instruction = replace(exchange.instruction, payload=Payload(vectors, statistics))
-    gate = Gate(instruction, world.layout, world.study.cohort.max_weight, world.mechanism)
+    gate = world.gate(instruction)
     return Question(instruction, gate, areas.cohort[: exchange.slots], areas.admitted[: exchange.slots])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from consortium.client import Examples, Source, Task
 from consortium.client.site import Memory, check_model, held_out, rows, start
-from consortium.client.trainer import Resident, TorchTrainer, schedule, seed_for
+from consortium.client.trainer import Resident, TorchTrainer, gradients, schedule, seed_for
 from consortium.protocol import Study
 from consortium.protocol.errors import InputError, IntegrityError
 from consortium.protocol.layout import Vector, digest_of
@@ -158,6 +158,36 @@ def test_a_model_that_is_not_the_one_named_is_refused() -> None:
     ):
         with pytest.raises(IntegrityError):
             check_model(one, made.resident, found)
+
+
+def test_gradients_are_those_of_autograd() -> None:
+    """The call of torch's engine gives the bits of torch.autograd.grad, and None for what the loss does not touch."""
+    net, unused = Net(), nn.Parameter(torch.ones(2))
+    parameters = (*net.parameters(), unused)
+    inputs, targets = torch.randn(7, 4), torch.randint(0, 3, (7,))
+    found = gradients(F.cross_entropy(net(inputs), targets), parameters)
+    expected = torch.autograd.grad(F.cross_entropy(net(inputs), targets), parameters, allow_unused=True)
+    assert found[-1] is None
+    for one, other in zip(found[:-1], expected[:-1], strict=True):
+        assert one is not None
+        assert torch.equal(one, other)
+        assert other.abs().max() > 0
+    assert all(p.grad is None for p in parameters)
+
+
+@pytest.mark.parametrize(
+    ("loss", "wrong"),
+    [
+        (lambda net, x: net(x).sum(dim=1), r"the loss has shape \(7,\); one number would be right"),
+        (lambda net, x: net(x).sum().detach(), "does not require grad"),
+    ],
+)
+def test_a_loss_that_is_no_number_of_the_model_is_refused(
+    loss: Callable[[nn.Module, Tensor], Tensor], wrong: str
+) -> None:
+    net = Net()
+    with pytest.raises(RuntimeError, match=wrong):
+        gradients(loss(net, torch.randn(7, 4)), tuple(net.parameters()))
 
 
 def test_fedprox_adds_its_gradient() -> None:
