@@ -264,7 +264,7 @@ class Agent:
             raise RefusedError(taken.reason)
         self._hand.show(taken, "training" if taken.about.kind == "train" else "working")
         answered = self._work.answer(
-            Given(taken.header, taken.about, taken.content, taken.study, taken.model)
+            Given(taken.header, taken.about, taken.content, taken.study, taken.model, self._seen.epoch)
         )
         _check_answer(taken, answered)
         self._hand.show(taken, "sending")

@@ -120,7 +120,7 @@ class Home:
         Raises:
             InputError, IntegrityError: it was lost or damaged, or the lock is not its.
         """
-        fresh = not self.state.is_dir() or not any(map(sealed_file, self.state.glob("*.safetensors")))
+        fresh = not self.state.is_dir() or not any(map(sealed_file, self.state.glob("*.kept")))
         return data_key(self.folder / DATA_KEY, lock, make=fresh)
 
     def tls_context(self, lock: Lock) -> ssl.SSLContext:

@@ -21,7 +21,7 @@ from typing import BinaryIO, TypeVar
 
 from consortium.client.home import Home
 from consortium.client.seen import Place, Seen
-from consortium.protocol import endings, wire
+from consortium.protocol import endings, epoch, wire
 from consortium.protocol.bundle import MAX_BUNDLE, MAX_STUDY, Bundle, of, read
 from consortium.protocol.connection import Connection, Reply, StatusError
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
@@ -102,6 +102,34 @@ class Inbox:
             ConsortiumError: the server cannot be reached, or shows one that is not to be trusted.
         """
         self._trust = self._home.accept_trust(connection.request("GET", wire.TRUST).document())
+
+    def refresh_epoch(self, connection: Connection) -> None:
+        """Get the server's epoch: a later one begins here, an earlier one is that of an old copy.
+
+        Raises:
+            IntegrityError: the server is of an earlier epoch than was seen, or does not say it as it should.
+            ConsortiumError: the server cannot be reached.
+        """
+        try:
+            said = connection.request("GET", f"{wire.EPOCH}{self._seen.epoch}").document()
+            now = epoch.verified(said, self._trust.keys, self._home.config.federation, self._home.config.site)
+        except StatusError as error:
+            if error.status != 404:
+                raise
+            now = 0  # a server of a version that knows no epochs was never restored
+        if now < self._seen.epoch:
+            raise IntegrityError(
+                f"the server is of epoch {now}, this site has seen epoch {self._seen.epoch}: an old copy of its folder "
+                "was started, and its memory was rolled back; nothing is done for it. Ask its admin"
+            )
+        if now > self._seen.epoch:
+            first = not self._seen.epoch and not self._seen.runs()
+            self._seen.begin_epoch(now)
+            if not first:
+                _log.warning(
+                    "the server was restored from a backup (epoch %d): rounds since then may be asked for again",
+                    now,
+                )
 
     def take(self, reply: Reply) -> Taken:
         """The instruction in a reply.

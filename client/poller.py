@@ -119,10 +119,11 @@ class Poller:
             self._connection.close()
 
     def _poll(self) -> None:
-        """One question to the server; a new connection first asks for the trust statement, which is answered soon."""
+        """One question to the server; a new connection first asks for trust statement and epoch, which come soon."""
         if self._connection is None:
             self._connection = self._connect()
             self.inbox.refresh_trust(self._connection)
+            self.inbox.refresh_epoch(self._connection)
             self.link.connected()
         kept, nonce = self._kept(), secrets.token_hex(32)
         question = {"format": wire.FORMAT, "have": self._hand.nonces(), "paused": self._paused()}

@@ -40,13 +40,15 @@ class Place:
 class Seen:
     """The file of one site; for any number of threads.
 
+    epoch: of the server, the latest that was seen (`protocol/epoch.py`).
+
     Raises:
         IntegrityError: the file is damaged.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time) -> None:
         self._path, self._clock, self._lock = path, clock, threading.Lock()
-        self._places, self._times, self._over = _read(path)
+        self.epoch, self._places, self._times, self._over = _read(path)
         oldest = clock() - KEPT_DAYS * 86400
         for run in [run for run, at in self._times.items() if at < oldest]:
             del self._places[run], self._times[run]
@@ -67,6 +69,16 @@ class Seen:
     def over(self) -> set[str]:
         """Every run that is remembered and has ended for good."""
         return set(self._over)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """A restored server goes on from what it remembers: forget what was seen of runs. Durable when it returns.
+
+        Raises:
+            OSError: it cannot be written; then the epoch has not begun here.
+        """
+        with self._lock:
+            assert epoch > self.epoch
+            self._write({}, {}, set(), epoch)
 
     def end(self, run: str) -> None:
         """A run has ended for good; it is durable when this returns.
@@ -93,18 +105,24 @@ class Seen:
             self._write({**self._places, run: place}, {**self._times, run: self._clock()}, self._over)
             return True
 
-    def _write(self, places: dict[str, Place], times: dict[str, float], over: set[str]) -> None:
+    def _write(
+        self, places: dict[str, Place], times: dict[str, float], over: set[str], epoch: int | None = None
+    ) -> None:
+        epoch = self.epoch if epoch is None else epoch
         runs = {
             name: {"committed": at.committed, "attempt": at.attempt, "at": times[name], "over": name in over}
             for name, at in places.items()
         }
-        write_private(self._path, json.dumps({"format": FORMAT, "runs": runs}, indent=1).encode())
+        write_private(
+            self._path, json.dumps({"format": FORMAT, "epoch": epoch, "runs": runs}, indent=1).encode()
+        )
+        self.epoch = epoch
         self._places, self._times, self._over = places, times, over
 
 
-def _read(path: Path) -> tuple[dict[str, Place], dict[str, float], set[str]]:
+def _read(path: Path) -> tuple[int, dict[str, Place], dict[str, float], set[str]]:
     if not path.exists():
-        return {}, {}, set()
+        return 0, {}, {}, set()
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
@@ -114,7 +132,12 @@ def _read(path: Path) -> tuple[dict[str, Place], dict[str, float], set[str]]:
         over = {
             name for name, one in runs.items() if one.get("over", False) is True
         }  # not there before it was known
-        return places, {name: float(one["at"]) for name, one in runs.items()}, over
+        return (
+            int(document.get("epoch", 0)),
+            places,
+            {name: float(one["at"]) for name, one in runs.items()},
+            over,
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(
             f"{path}: is damaged; without it old instructions cannot be told from new ones. Restore it, or move it "

@@ -2,7 +2,7 @@
 
 It speaks over the socket that it was started with (`protocol/local.py`). First it is told what it works on:
 
-    {"study": text, "site": name, "source": {"path", "mapping", "key": hex}, "state": folder, "key": hex}
+    {"study": text, "site": name, "source": {"path", "mapping", "key": hex}, "state": folder, "key": hex, "epoch": int}
 
 When it has loaded these data, it says {"up": true}. Then, for each instruction, {"run", "header": text, "model":
 digest} and a file with the content comes in, and {"header": text} and perhaps a file goes out, or {"error": text} that
@@ -114,6 +114,7 @@ class Worker:
             raise RefusedError("code that a study brings does not run in this version")
         self._given: Mapping[str, Any] = about["source"]
         self._state, self._key = Path(about["state"]), DataKey(bytes.fromhex(about["key"]))
+        self._epoch = int(about["epoch"])
         given = self._given
         source = Source(
             about["site"], Path(given["path"]), mapping=given["mapping"], key=bytes.fromhex(given["key"])
@@ -136,7 +137,7 @@ class Worker:
         instruction = assemble(parse(header), _mapped(files))
         if not isinstance(instruction, Instruction) or instruction.run != run:
             raise IntegrityError("the worker was given something else than an instruction of its run")
-        store = Store(self._state, run, self._key)
+        store = Store(self._state, run, self._key, self._epoch)
         sent = self._answer(store, instruction, model)
         return sent, [store.open()] if parse(sent).length else []
 

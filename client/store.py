@@ -117,11 +117,12 @@ def _fingerprint(header: bytes) -> str:
 class Store:
     """The file of one site and one run in `folder`, which is made where it is missing.
 
-    key: what it is encrypted under; without one it is not.
+    key: what it is encrypted under; without one it is not. epoch: of the server (`protocol/epoch.py`); answers of an
+    earlier one are not given again, since what was asked for then is forgotten there.
     """
 
-    def __init__(self, folder: Path, run: str, key: DataKey | None = None) -> None:
-        self._key = key
+    def __init__(self, folder: Path, run: str, key: DataKey | None = None, epoch: int = 0) -> None:
+        self._key, self._epoch = key, epoch
         # A run's name comes from the server, so it is no part of a path.
         self._path = folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.kept"
 
@@ -142,7 +143,7 @@ class Store:
         except OSError as error:
             raise self._damaged(error) from error
         try:
-            return _read(self._whole(file))
+            return _read(self._whole(file), self._epoch)
         except (KeyError, TypeError, ValueError, IntegrityError) as error:
             raise self._damaged(error) from error
         finally:
@@ -169,7 +170,7 @@ class Store:
         """
         assert kept.last is not None
         private_folder(self._path.parent)
-        content = _Content(kept)
+        content = _Content(kept, self._epoch)
         pieces = content.pieces()
         write_pieces(self._path, sealing(pieces, self._key) if self._key is not None else pieces)
         return Kept(kept.memory, kept.last, content.given, content.header).without_content()
@@ -178,8 +179,8 @@ class Store:
 class _Content:
     """What the file holds. given, header: known once all pieces were written."""
 
-    def __init__(self, kept: Kept) -> None:
-        self._kept, self.given, self.header = kept, kept.given, b""
+    def __init__(self, kept: Kept, epoch: int) -> None:
+        self._kept, self._epoch, self.given, self.header = kept, epoch, kept.given, b""
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         last, memory = self._kept.last, self._kept.memory
@@ -202,6 +203,7 @@ class _Content:
                 yield little.view(np.uint8).data
         document = {
             "format": FORMAT,
+            "epoch": self._epoch,
             "pending_round": memory.pending_round,
             "header": self.header.decode(),
             "given": [[*asked, sha] for asked, sha in self.given],
@@ -211,7 +213,7 @@ class _Content:
         yield content + len(content).to_bytes(8, "big") + _MAGIC
 
 
-def _read(whole: memoryview) -> Kept:
+def _read(whole: memoryview, epoch: int) -> Kept:
     trailer = whole[-_TRAILER:]
     length = int.from_bytes(trailer[:8], "big")
     end = len(whole) - _TRAILER - length
@@ -237,5 +239,7 @@ def _read(whole: memoryview) -> Kept:
             raise IntegrityError("an array lies outside of it")
         states[part["version"]][part["kind"]] = np.frombuffer(whole[start:place], dtype).copy()
     memory = Memory(states["committed"], states["pending"], int(about["pending_round"]))
+    if about.get("epoch", 0) != epoch:
+        return Kept(memory)
     given = tuple(((r, a, k, m), sha) for r, a, k, m, sha in about["given"])
     return Kept(memory, last, given, header)

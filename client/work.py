@@ -40,6 +40,7 @@ class Given:
 
     header: as it was signed. about: the same, without its content. content: a file, None where it has none.
     model: SHA-256 of the model in the content, as it was found while the content was hashed; "" where it has none.
+    epoch: of the server that asks.
     """
 
     header: bytes
@@ -47,6 +48,7 @@ class Given:
     content: BinaryIO | None
     study: Study
     model: str = ""
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Work(Protocol):
 class _Warm:
     process: WorkerProcess
     data: str
+    epoch: int
     used: float
 
 
@@ -177,7 +180,7 @@ class SiteWork:
         run = given.about.run
         with self._lock:
             warm = self._warm.get(run)
-            if warm is not None and warm.data == data.name:
+            if warm is not None and (warm.data, warm.epoch) == (data.name, given.epoch):
                 warm.used = time.monotonic()
                 self._warm.move_to_end(run)
                 return warm.process
@@ -195,6 +198,7 @@ class SiteWork:
             "site": given.about.site,
             "source": source.document(),
             "state": str(self._home.state),
+            "epoch": given.epoch,
             "key": self._key.of(f"run {run}").secret.hex(),
         }
         folder = place_of(self._home.spool, run) / "work"
@@ -202,7 +206,7 @@ class SiteWork:
             if self._stopped or self._halted(run) != halts:
                 raise Interrupted("the work was interrupted")
             process = WorkerProcess(about, folder, lambda line: _log.warning("worker: %s", line))
-            self._warm[run] = _Warm(process, data.name, time.monotonic())
+            self._warm[run] = _Warm(process, data.name, given.epoch, time.monotonic())
             _log.info("run %s: worker %d is started", run, process.pid)
             spare = list(self._warm)[:-MOST_WARM]
         for one in spare:

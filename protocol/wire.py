@@ -12,6 +12,7 @@ whole. It is verified before the header is parsed; the content is hashed while i
     PUT  /v1/answers/NONCE    a frame; 200 taken (also again), 409 another than before, 410 too late
     GET  /v1/studies/DIGEST   a study's bundle; without code of its own perhaps just the text of its file
     GET  /v1/trust            the keys that sign instructions, signed by the root
+    GET  /v1/epoch/SEEN       the server's epoch, signed; SEEN is the latest that the site has seen
     POST /v1/renew            {"csr"}; a new certificate
     POST /v1/leave            {}; the site leaves the federation
 
@@ -30,8 +31,8 @@ from consortium.protocol.messages import MAX_HEADER
 from consortium.protocol.signing import SIGNATURE_BYTES
 
 FORMAT = 1
-POLL, ANSWERS, STUDIES, TRUST, RENEW, LEAVE = (
-    "/v1/poll", "/v1/answers/", "/v1/studies/", "/v1/trust", "/v1/renew", "/v1/leave",
+POLL, ANSWERS, STUDIES, TRUST, EPOCH, RENEW, LEAVE = (
+    "/v1/poll", "/v1/answers/", "/v1/studies/", "/v1/trust", "/v1/epoch/", "/v1/renew", "/v1/leave",
 )  # fmt: skip
 ROOT, JOIN = "/v1/root", "/v1/join"
 

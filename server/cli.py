@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from consortium.server.keep_cli import server
 from consortium.server.model_cli import model
-from consortium.server.server_cli import server
 from consortium.server.study_cli import study
 
 __all__ = ["model", "server", "study"]

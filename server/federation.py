@@ -6,6 +6,7 @@
     server.pem        the doors' certificate: key and chain (leaf, issuing)
     instruction.key   Ed25519: signs instructions; trust.json says so, signed by the root
     admin.token       a token of role admin, for whoever works on the server's machine
+    epoch.json        the epoch, where the folder was restored from a backup (`protocol/epoch.py`)
     data.key          what checkpoints are encrypted under, itself encrypted
     consortium.db checkpoints/ spool/ runs/
 
@@ -41,7 +42,7 @@ CONFIG = "server.toml"
 ROOT_KEY, ROOT, ISSUING, SERVER = "root.key", "root.pem", "issuing.pem", "server.pem"
 INSTRUCTION_KEY, NEXT_KEY, TRUST = "instruction.key", "instruction.next", "trust.json"
 ADMIN_TOKEN, DATABASE = "admin.token", "consortium.db"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, EPOCH_FILE = "checkpoints", "epoch.json"
 
 
 class Config(Configuration):
@@ -138,6 +139,7 @@ class Federation:
         self._trust = trust.verified(document, self.root, self.config.name)
         self._trust_document = document
         self._instruction_key = self._newest_key()
+        self.epoch = _epoch(self.folder / EPOCH_FILE)
         _, chain = credentials.load(self.folder / SERVER, self._lock)
         credentials.check_issued(chain, self.root, str(self.folder / SERVER))
         self._leaf = chain[0]
@@ -341,6 +343,15 @@ def new_leaf(folder: Path, issuing: Authority, config: Config, now: float, lock:
 def write_trust(folder: Path, document: Mapping[str, str]) -> None:
     """Put a trust statement in place of the one before."""
     write_private(folder / TRUST, json.dumps(document).encode())
+
+
+def _epoch(path: Path) -> int:
+    if not path.exists():
+        return 0
+    document = _document(path)
+    if document.get("format") != 1 or type(document.get("epoch")) is not int:
+        raise IntegrityError(f"{path}: is damaged; restore it from a backup")
+    return int(document["epoch"])
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from consortium.protocol import endings, wire
+from consortium.protocol import endings, epoch, wire
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.messages import Header, parse
 from consortium.protocol.signing import ANSWER, public_key, verify
@@ -63,6 +63,7 @@ class SiteDoor:
             ("PUT", wire.ANSWERS, self._answer),
             ("GET", wire.STUDIES, self._study),
             ("GET", wire.TRUST, self._trust),
+            ("GET", wire.EPOCH, self._epoch),
             ("POST", wire.RENEW, self._renew),
             ("POST", wire.LEAVE, self._leave),
         ]
@@ -192,6 +193,20 @@ class SiteDoor:
 
     def _trust(self, request: Request, site: str) -> Response:
         return json_response(self._federation.trust())
+
+    def _epoch(self, request: Request, site: str) -> Response:
+        """The epoch, signed for the site, which says what it has seen: more than this, and this is an old copy."""
+        seen, own = request.path.removeprefix(wire.EPOCH), self._federation.epoch
+        if not seen.isdecimal() or len(seen) > 15:
+            raise InputError("the latest epoch that the site has seen would be right")
+        if int(seen) > own:
+            _log.error(
+                "site %s: has seen epoch %s, this server is of epoch %d: an old copy of its folder was started, and "
+                "the site refuses it. Start the latest one, or restore the latest backup: consortium server restore",
+                *(site, seen, own),
+            )
+        key, name = self._federation.instruction_key, self._federation.config.name
+        return json_response(epoch.state(key, name, site, own))
 
     def _renew(self, request: Request, site: str) -> Response:
         csr = wire.field(_document(request), "csr", str)
