@@ -100,7 +100,13 @@ def _calls(agent: Agent, home: Home) -> dict[str, Any]:
 @contextlib.contextmanager
 def _alone(home: Home) -> Iterator[None]:
     """Hold the folder: two agents would do the same work twice, and spoil each other's files."""
-    with (home.folder / "agent.lock").open("w") as file:
+    try:
+        lock = (home.folder / "agent.lock").open("w")
+    except OSError as error:
+        raise ConsortiumError(
+            f"{home.folder}: cannot be written ({error.strerror}); is the disk full or read-only?"
+        ) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

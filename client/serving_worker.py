@@ -67,9 +67,12 @@ def serve(descriptor: int) -> int:
             except ConsortiumError as error:
                 _log.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
                 reply = {"error": _told(str(error).partition("\n")[0], about["source"])}
+            except OSError as error:  # a full disk, mostly
+                _log.error("%s: cannot be written or read (%s)", error.filename or "a file", error.strerror)
+                reply = {"error": f"the site's disk could not keep the answer ({error.strerror})"}
             except Exception as error:  # noqa: BLE001 - it costs this instruction only
                 _log.exception("failed")
-                reply = {"error": f"the worker failed ({type(error).__name__}); the site's log says more"}
+                reply = {"error": _failure(error)}
             finally:
                 local.close(files)
             local.send(connection, reply, content)
@@ -162,6 +165,13 @@ class Worker:
             return self._kept.header
         finally:
             self._site.memory = self._kept.memory  # what was not kept did not happen
+
+
+def _failure(error: Exception) -> str:
+    """What the server is told of a fault that nobody foresaw."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's is a RuntimeError
+        return "the site's worker ran out of memory"
+    return f"the worker failed ({type(error).__name__}); the site's log says more"
 
 
 def _mapped(files: list[int]) -> memoryview:

@@ -22,6 +22,7 @@ import json
 import mmap
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,7 @@ class LinkClients:
         self._link, self._commits, self._spool, self._clock = link, commits, spool, clock
         self._refused: dict[str, str] = {}
         self._open = 0
+        self._asked = (0.0, 0.0)  # by the clock, and by one that nobody sets
 
     def sites(self) -> Sequence[str]:
         return [str(site) for site in self._link.call("sites")["sites"]]
@@ -169,14 +171,17 @@ class LinkClients:
         finally:
             if file is not None and file != self._commits.file_of(instruction.model):
                 os.close(file)
+        self._asked = (self._clock(), time.monotonic())
         self._refused = {str(site): str(why) for site, why in reply["refused"].items()}
         self._open = len(sites) - len(self._refused)
 
     def answers(self, deadline: float) -> Iterator[Answer | Block]:
         if self._refused:
             yield Block((), self._refused, None)
+        asked, since = self._asked  # so that a clock that is set meanwhile neither ends nor lengthens a round
         while self._open:
-            reply, file = self._link.call_for_file("answers", seconds=max(0.0, deadline - self._clock()))
+            left = deadline - asked - (time.monotonic() - since)
+            reply, file = self._link.call_for_file("answers", seconds=max(0.0, left))
             if "site" not in reply:
                 return
             self._open -= 1

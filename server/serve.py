@@ -261,7 +261,12 @@ def serve(folder: Path, lock: Lock | None = None) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """No other server runs over the same folder while the block lasts."""
-    descriptor = os.open(folder / "server.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(folder / "server.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConsortiumError(
+            f"{folder}: cannot be written ({error.strerror}); is the disk full or read-only?"
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -6,14 +6,16 @@ server writes little and rarely (joins, states, a commit a round), and a transac
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from consortium.protocol.errors import ConsortiumError, IntegrityError
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
+from consortium.protocol.files import sync_folder
 
 FORMAT = 1
 
@@ -87,18 +89,31 @@ CREATE TABLE IF NOT EXISTS bundles (  -- server/archive.py
 """Tables that a database of this format may lack, because an earlier version made it."""
 
 
+STEPS: Mapping[int, str] = {}
+"""SQL that makes a database of the next format from one of the format that it is listed under."""
+
+
 class Store:
     """The database in a file, which is made where it is missing. For any number of threads.
 
+    One of an earlier format is copied to a file beside it, whose name ends with that format, and then brought to this
+    one in a single transaction. steps: as `STEPS`; their number of the last, and one, is the format.
+
     Raises:
-        IntegrityError: it is damaged, or of a format that this version does not know.
+        InputError: a later version wrote it.
+        IntegrityError: it is damaged.
         ConsortiumError: it cannot be opened or written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, steps: Mapping[int, str] = STEPS) -> None:
+        self._path, self._steps = path, steps
         self._lock = threading.RLock()
-        path.touch(mode=0o600, exist_ok=True)
+        try:
+            path.touch(mode=0o600, exist_ok=True)
+        except OSError as error:
+            raise ConsortiumError(
+                f"{path}: cannot be written or read ({error.strerror}); is the disk full or read-only?"
+            ) from error
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
             self._db.row_factory = sqlite3.Row
@@ -111,13 +126,44 @@ class Store:
 
     def _prepare(self) -> None:
         found = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if found == FORMAT:
-            return
-        if found:
-            raise IntegrityError(
-                f"{self._path}: has format {found}, this version reads {FORMAT}; use the version that wrote it"
+        last = max([FORMAT, *(number + 1 for number in self._steps)])
+        if found > last:
+            raise InputError(
+                f"{self._path}: has format {found}, this version reads up to {last}; a later version of consortium "
+                f"wrote it. Install that one again, or restore a backup of before"
             )
-        self._db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
+        if not found:
+            self._db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
+            found = FORMAT
+        elif found < last:
+            self._copy(self._path.with_name(f"{self._path.name}.format-{found}"))
+        if found < last:
+            # Schema and number are one transaction: after a crash it is of the format of before, or of this one.
+            steps = " ".join(self._steps[number] for number in range(found, last))
+            try:
+                self._db.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {last}; COMMIT;")
+            except sqlite3.DatabaseError:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _copy(self, path: Path) -> None:
+        """A copy as of now, whole or not there; one of an upgrade that was interrupted is as good."""
+        if path.exists():
+            return
+        partial = path.with_name(f".{path.name}")
+        partial.unlink(missing_ok=True)
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with closing(sqlite3.connect(partial)) as copy:
+            self._db.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+        descriptor = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+        sync_folder(path.parent)
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
