@@ -25,9 +25,11 @@ from consortium.client.inbox import Taken
 from consortium.client.link import Link
 from consortium.client.outbox import Letter, Outbox, Outcome
 from consortium.client.poller import Connector, Poller, Renew
+from consortium.client.sandbox import describe
 from consortium.client.seen import Place, Seen
 from consortium.client.work import Answered, Given, Interrupted, Work
 from consortium.protocol import endings
+from consortium.protocol.connection import Connection
 from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
 from consortium.protocol.files import sync_folder, write_private
 from consortium.protocol.keys import Lock
@@ -55,6 +57,7 @@ class Agent:
     """One site's agent over its folder. `start` returns at once; `stop` leaves no thread and no process behind.
 
     work: does what is asked. renew: replaces the certificate in the folder, over a connection that it is given.
+    studies: looks at what the server proposes, over a connection.
 
     Raises:
         InputError, IntegrityError: the folder is not in order.
@@ -67,6 +70,7 @@ class Agent:
         work: Work,
         *,
         renew: Renew | None = None,
+        studies: Callable[[Connection], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._home, self._work, self._clock = home, work, clock
@@ -90,6 +94,7 @@ class Agent:
             put=self._take,
             ended=self._ended_runs,
             renew=renew,
+            studies=studies,
             renewed=self._outbox.reconnect,
             clock=clock,
         )
@@ -164,7 +169,7 @@ class Agent:
             "runs": self._hand.runs(),
             "certificate_expires": self._home.certificate.not_valid_after_utc.timestamp(),
             "trust_serial": self._poller.inbox.serial,
-            "sandbox": "none in this version",
+            "sandbox": describe(),
         }
 
     # What the poller calls
@@ -264,7 +269,15 @@ class Agent:
             raise RefusedError(taken.reason)
         self._hand.show(taken, "training" if taken.about.kind == "train" else "working")
         answered = self._work.answer(
-            Given(taken.header, taken.about, taken.content, taken.study, taken.model, self._seen.epoch)
+            Given(
+                taken.header,
+                taken.about,
+                taken.content,
+                taken.study,
+                taken.model,
+                self._seen.epoch,
+                taken.bundle,
+            )
         )
         _check_answer(taken, answered)
         self._hand.show(taken, "sending")

@@ -12,6 +12,7 @@ import typer
 
 from consortium.client.data_cli import data
 from consortium.client.options import Folder, Json, home_in
+from consortium.client.review_cli import approve, reject, review
 
 if TYPE_CHECKING:
     from consortium.client.home import Home
@@ -23,6 +24,8 @@ client = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 client.add_typer(data, name="data")
+for command in (review, approve, reject):
+    client.command()(command)
 
 
 @client.callback()

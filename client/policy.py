@@ -8,7 +8,8 @@
     studies = ["heart-*"]                                  # only studies of such names; all where left out
     rounds = 200                                           # only studies of at most so many rounds
 
-Code that a study brings never runs in this version, whatever the policy says.
+Code that a study brings is never allowed here: its operator reviews and approves each such study as it is
+(`consortium client review`).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Policy:
         """
         if not study.built_in:
             raise RefusedError(
-                f"policy: study '{study.name}' brings code of its own, which no site of this version runs"
+                f"policy: study '{study.name}' brings code of its own, and the site's operator has not approved it"
             )
         rules = [rule for rule in self.rules if rule.task == study.task]
         if not rules:

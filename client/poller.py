@@ -52,7 +52,8 @@ class Poller:
     """Polls from `start` to `stop`.
 
     paused, kept: what the server is told. put: gets each instruction. ended: gets what is said of runs that ended.
-    renew: replaces the certificate, over a connection; renewed: is called afterwards.
+    renew: replaces the certificate, over a connection; renewed: is called afterwards. studies: looks at what the server
+    proposes, over a connection.
     """
 
     def __init__(
@@ -68,12 +69,14 @@ class Poller:
         put: Callable[[Taken], None],
         ended: Callable[[dict[str, str]], None],
         renew: Renew | None,
+        studies: Callable[[Connection], None] | None,
         renewed: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         self._home, self._lock, self._hand, self._connect, self._clock = home, lock, hand, connect, clock
         self._paused, self._kept, self._put, self._ends = paused, kept, put, ended
         self._renew, self._renewed = renew, renewed
+        self._studies, self._number = studies, -1
         self.inbox = Inbox(home, seen, connect, hand.has, clock)
         self.link = Link(f"{home.config.host}:{home.config.port}", clock)
         self._connection: Connection | None = None
@@ -125,9 +128,12 @@ class Poller:
             self.inbox.refresh_trust(self._connection)
             self.inbox.refresh_epoch(self._connection)
             self.link.connected()
+            self._number = -1  # what the server has seen of this site's decisions is asked anew
         kept, nonce = self._kept(), secrets.token_hex(32)
         question = {"format": wire.FORMAT, "have": self._hand.nonces(), "paused": self._paused()}
         question |= {"runs": kept, "nonce": nonce}
+        if self._studies is not None:
+            question["studies"] = self._number
         reply = self._connection.request("POST", wire.POLL, question)
         self.link.connected()
         notice = reply.header(wire.NOTICE).split()
@@ -147,6 +153,10 @@ class Poller:
         serials = [word[6:] for word in notice if word.startswith("trust=") and word[6:].isdecimal()]
         if any(int(serial) > self.inbox.serial for serial in serials):
             self.inbox.refresh_trust(self._connection)
+        numbers = [int(word[8:]) for word in notice if word.startswith("studies=") and word[8:].isdecimal()]
+        if self._studies is not None and numbers and numbers[-1] != self._number:
+            self._studies(self._connection)
+            self._number = numbers[-1]
         due = "renew" in notice or self._home.renewal_due(self._clock())
         if self._renew is not None and due and time.monotonic() - self._tried > RENEWING:
             self._tried = time.monotonic()

@@ -9,16 +9,19 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
 from typing import Any
 
 from consortium.client import policy
 from consortium.client.agent import Agent
+from consortium.client.approvals import Approvals
 from consortium.client.control import Control
 from consortium.client.datasets import Datasets
 from consortium.client.home import Home
 from consortium.client.joining import renew
+from consortium.client.proposals import follow
 from consortium.client.work import SiteWork
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.keys import PASSPHRASE
@@ -47,7 +50,15 @@ def run(home: Home) -> None:
         ended = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
-        agent = Agent(home, lock, SiteWork(home, home.data_key(lock)), renew=renew)
+        key, approvals = home.identity(lock), Approvals(home)
+        approvals.entries(key.public_key())
+        agent = Agent(
+            home,
+            lock,
+            SiteWork(home, home.data_key(lock), approvals, key.public_key()),
+            renew=renew,
+            studies=lambda connection: follow(connection, home, key, approvals, time.time()),
+        )
         control = Control(home.socket, _calls(agent, home))
         _log.info(
             "site %s of federation %s: the agent runs (process %d)",

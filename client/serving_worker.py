@@ -2,7 +2,11 @@
 
 It speaks over the socket that it was started with (`protocol/local.py`). First it is told what it works on:
 
-    {"study": text, "site": name, "source": {"path", "mapping", "key": hex}, "state": folder, "key": hex, "epoch": int}
+    {"study": text, "code": folder or "", "site": name, "source": {"path", "mapping", "key": hex}, "state": folder,
+     "key": hex, "epoch": int}
+
+A study that brings code is worked on only by a process that was confined (`client/confined.py`), or whose operator
+approved it without.
 
 When it has loaded these data, it says {"up": true}. Then, for each instruction, {"run", "header": text, "model":
 digest} and a file with the content comes in, and {"header": text} and perhaps a file goes out, or {"error": text} that
@@ -20,7 +24,7 @@ import re
 import resource
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,14 +50,15 @@ _PARENT_ENDED = 1  # PR_SET_PDEATHSIG
 _log = logging.getLogger("worker")
 
 
-def serve(descriptor: int) -> int:
-    """Answer instructions until the other end closes the socket; returns the exit code."""
+def serve(descriptor: int, confine: Callable[[], None]) -> int:
+    """Answer instructions until the other end closes the socket; returns the exit code. confine: as in `worker.py`."""
     _confine()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     connection = socket.socket(fileno=descriptor)
     worker: Worker | None = None
     try:
         about, _ = local.receive(connection)
+        confine()
         worker = _warm(about)
         local.send(connection, {"up": True})
         while True:
@@ -112,9 +117,10 @@ class Worker:
 
     def __init__(self, about: Mapping[str, Any]) -> None:
         torch.set_num_threads(1)  # more would change the bits
-        self._study = Study.parse(about["study"])
-        if not self._study.built_in:
-            raise RefusedError("code that a study brings does not run in this version")
+        code = about.get("code", "")
+        self._study = Study.parse(about["study"], folder=Path(code) if code else None)
+        if not (self._study.built_in or code):
+            raise RefusedError("the code of the study is not here")
         self._given: Mapping[str, Any] = about["source"]
         self._state, self._key = Path(about["state"]), DataKey(bytes.fromhex(about["key"]))
         self._epoch = int(about["epoch"])

@@ -14,12 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
-from consortium.client import policy
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from consortium.client import policy, sandbox
+from consortium.client.approvals import Approvals
 from consortium.client.datasets import Dataset, Datasets
 from consortium.client.home import Home
 from consortium.client.snapshot import Snapshots, erase, place_of
 from consortium.client.worker_process import WorkerDied, WorkerLate, WorkerProcess
+from consortium.protocol.bundle import Bundle
 from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
+from consortium.protocol.files import private_folder
 from consortium.protocol.messages import Instruction
 from consortium.protocol.sealed import DataKey, Sealed
 from consortium.protocol.study import Study
@@ -49,6 +54,7 @@ class Given:
     study: Study
     model: str = ""
     epoch: int = 0
+    bundle: Bundle | None = None
 
 
 @dataclass(frozen=True)
@@ -117,8 +123,9 @@ class _Warm:
 class SiteWork:
     """The real work of a site. key: what it keeps is encrypted under."""
 
-    def __init__(self, home: Home, key: DataKey) -> None:
+    def __init__(self, home: Home, key: DataKey, approvals: Approvals, public: Ed25519PublicKey) -> None:
         self._home, self._key, self._data = home, key, Datasets(home)
+        self._approvals, self._public = approvals, public
         self._snapshots = Snapshots(home.config.site, home.spool)
         self._lock = threading.Lock()
         self._warm: OrderedDict[str, _Warm] = OrderedDict()
@@ -131,9 +138,9 @@ class SiteWork:
         run = given.about.run
         with self._lock:
             self._doing, halts = run, self._halted(run)
-        data = self._allowed(given.study)
+        data, unconfined = self._allowed(given)
         for death in range(1, DEATHS + 1):
-            process = self._worker(given, data, halts)
+            process = self._worker(given, data, unconfined, halts)
             try:
                 seconds = given.about.expires - time.time()
                 header, content = process.ask(run, given.header, given.content, given.model, seconds)
@@ -155,8 +162,14 @@ class SiteWork:
         """How often what was under way for a run has been ended."""
         return self._halts, self._ends[run]
 
-    def _allowed(self, study: Study) -> Dataset:
-        """The data that the policy gives to a study."""
+    def _allowed(self, given: Given) -> tuple[Dataset, bool]:
+        """The data that the operator's approval, else the policy, gives to a study; and whether its code needs no
+        sandbox."""
+        study = given.study
+        if given.bundle is not None:
+            approval = self._approvals.allowed(self._public, given.bundle, given.about, time.time())
+            if approval is not None:
+                return self._registered(approval.data), approval.unconfined
         try:
             rules = policy.load(self._home.policy_file)
         except InputError as error:
@@ -169,13 +182,41 @@ class SiteWork:
         except RefusedError as error:
             _log.warning("%s; to allow it, edit %s", error, self._home.policy_file)
             raise
+        return self._registered(rule.data), False
+
+    def _registered(self, name: str) -> Dataset:
         try:
-            return self._data.get(rule.data)
+            return self._data.get(name)
         except InputError as error:
             _log.error("%s", error)
             raise RefusedError("the site's policy names data that the site has not registered") from error
 
-    def _worker(self, given: Given, data: Dataset, halts: tuple[int, int]) -> WorkerProcess:
+    def _code(
+        self, given: Given, unconfined: bool, read: str
+    ) -> tuple[dict[str, str], dict[str, list[str]] | None]:
+        """What a worker is told of the study's own code and where it keeps its state, and what it may reach."""
+        if given.study.built_in:
+            return {"state": str(self._home.state)}, None
+        why = sandbox.missing()
+        if given.bundle is None or (why and not unconfined):
+            _log.warning("run %s: its code is refused: %s", given.about.run, why)
+            raise RefusedError("this site has no sandbox for code that a study brings")
+        place = place_of(self._home.spool, given.about.run)
+        erase(place / "code")
+        given.bundle.unpack(place / "code")
+        state = private_folder(place_of(private_folder(self._home.state), given.about.run))
+        told = {"code": str(place / "code"), "state": str(state)}
+        if why:
+            _log.warning("run %s: its code runs without a sandbox, as the operator allowed", given.about.run)
+            return told, None
+        places = {
+            "read": [told["code"], read],
+            "write": [str(private_folder(place / "work")), str(state)],
+            "apart": [str(self._home.folder)],
+        }
+        return told, places
+
+    def _worker(self, given: Given, data: Dataset, unconfined: bool, halts: tuple[int, int]) -> WorkerProcess:
         """The run's worker, which is started where there is none, over a snapshot that is laid where there is none."""
         run = given.about.run
         with self._lock:
@@ -197,15 +238,18 @@ class SiteWork:
             "study": given.study.text,
             "site": given.about.site,
             "source": source.document(),
-            "state": str(self._home.state),
             "epoch": given.epoch,
             "key": self._key.of(f"run {run}").secret.hex(),
         }
+        told, places = self._code(given, unconfined, str(source.path))
         folder = place_of(self._home.spool, run) / "work"
         with self._lock:
             if self._stopped or self._halted(run) != halts:
                 raise Interrupted("the work was interrupted")
-            process = WorkerProcess(about, folder, lambda line: _log.warning("worker: %s", line))
+            wrote = "worker" if given.study.built_in else "worker, perhaps the study's own words"
+            process = WorkerProcess(
+                about | told, folder, lambda line: _log.warning("%s: %s", wrote, line), places
+            )
             self._warm[run] = _Warm(process, data.name, given.epoch, time.monotonic())
             _log.info("run %s: worker %d is started", run, process.pid)
             spare = list(self._warm)[:-MOST_WARM]

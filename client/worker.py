@@ -10,6 +10,8 @@ perhaps `local.bin`, and `statistics.npz` (the sums of all sites). Out, of `init
 `task.json`. Out, of `export`: `model.onnx`, `model.safetensors`, `signature.json`, and a `probe-N.npz` of N rows for
 each batch size by which the graph is to be compared with the model.
 
+Code that a study brings runs in this program behind `client/confined.py` alone.
+
 The process ends with the exit code of its error, which stands in `error.json`: `kind` and `message`.
 """
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,17 @@ from consortium.protocol.messages import canonical
 from consortium.protocol.study import Study
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do one thing; returns the exit code."""
+def _nothing() -> None:
+    """Where the process is not confined."""
+
+
+def main(arguments: Sequence[str] | None = None, confine: Callable[[], None] = _nothing) -> int:
+    """Do one thing; returns the exit code. confine: is called when libraries are loaded, before any study's code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) == 2 and arguments[0] == "serve":
         from consortium.client.serving_worker import serve
 
-        return serve(int(arguments[1]))
+        return serve(int(arguments[1]), confine)
     parser = argparse.ArgumentParser(prog="python -m consortium.client.worker")
     parser.add_argument("command", choices=["initial", "export"])
     parser.add_argument("folder", type=Path)
@@ -49,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end_with(given.parent)
     try:
         study = _study(given.folder, given.code)
+        import torch  # noqa: F401 - before it is confined
+
+        confine()
         command = _initial if given.command == "initial" else _export
         command(study, given.folder, given.control_variates)
     except ConsortiumError as error:

@@ -1,5 +1,8 @@
 """The agent's side of a run's worker: a process that is started, asked, and ended with all that it started.
 
+A worker that runs a study's own code is confined (`client/confined.py`), and nothing that it says is trusted: messages,
+files and lines are bounded, and it is ended where it takes more threads, disk or time than it may.
+
 It gets an environment without anything of ours, a session of its own, a folder to work in, and one open socket. What it
 writes to stderr goes to the agent's log, line by line.
 """
@@ -8,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import select
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -20,12 +25,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from consortium.client.sandbox import MAX_DISK, MAX_THREADS
 from consortium.protocol import local
-from consortium.protocol.errors import ConsortiumError, RefusedError
+from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
 from consortium.protocol.files import private_folder
+from consortium.protocol.messages import parse
 
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")
 LONGEST_LINE = 4000
+MOST_LINES = 1000
+"""Lines of a confined worker that are logged."""
+MOST_SAID = 8 << 20
+"""Bytes of an answer's document, without its content."""
+SPARE = 4 << 20
+"""Bytes that an answer's content may have beside twice those of the instruction's."""
+LOOK_EVERY = 0.2
+"""Seconds between two looks at what a confined worker takes."""
+
+
+FORBIDDEN = "the study's code asked the kernel for what the sandbox forbids, and was ended"
 
 
 class WorkerDied(ConsortiumError):  # noqa: N818 - it is what happened, not a mistake
@@ -40,14 +58,25 @@ class WorkerProcess:
     """One worker, started at once. For one thread at a time; `kill` may be called by any.
 
     about: what it works on (`client/serving_worker.py`). log: gets each line that it writes.
+    places: what a confined worker may read and write, and what must lie apart; None where it is not confined.
     """
 
-    def __init__(self, about: Mapping[str, Any], folder: Path, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        about: Mapping[str, Any],
+        folder: Path,
+        log: Callable[[str], None],
+        places: Mapping[str, Any] | None = None,
+    ) -> None:
         private_folder(folder)
+        self._places, self._end, self._why = places, float("inf"), ""
         ours, its = socket.socketpair()
         self._connection, self._ending = ours, threading.Lock()
         self.up = False  # whether it has started
-        program = (sys.executable, "-s", "-P", "-B", "-m", "consortium.client.worker", "serve")
+        module = ["consortium.client.worker"]
+        if places is not None:
+            module = ["consortium.client.confined", json.dumps(places)]
+        program = (sys.executable, "-s", "-P", "-B", "-m", *module, "serve")
         with its:
             self._process = subprocess.Popen(
                 (*program, str(its.fileno())),
@@ -60,6 +89,8 @@ class WorkerProcess:
                 pass_fds=[its.fileno()],
             )
         threading.Thread(target=self._pump, args=(log,), name="worker's log", daemon=True).start()
+        if places is not None:
+            threading.Thread(target=self._watch, name="worker's limits", daemon=True).start()
         with contextlib.suppress(local.ClosedError):  # then the first question finds it dead
             local.send(ours, about)
 
@@ -84,21 +115,28 @@ class WorkerProcess:
         end = time.monotonic() + seconds
         files = [content.fileno()] if content is not None else []
         self._wait_until_up(seconds)
+        self._end = end
         try:
             self._connection.settimeout(max(0.001, end - time.monotonic()))
             local.send(self._connection, {"run": run, "header": header.decode(), "model": model}, files)
-            reply, got = local.receive(self._connection)
+            reply, got = self._receive()
         except ConsortiumError as error:
             late = time.monotonic() >= end
-            self.kill()
+            self._end_with(error)
             if late:
                 raise WorkerLate(f"the work was not done within {seconds:.0f} s") from error
             raise WorkerDied(f"the worker {self._how()}") from error
+        finally:
+            self._end = float("inf")
         local.close(got[1:])
         file = os.fdopen(got[0], "rb", buffering=0) if got else None
         if isinstance(reply.get("header"), str):
-            return reply["header"].encode(), file
-        raise RefusedError(str(reply.get("error", "the worker gave no answer")))
+            if self._places is not None:
+                _check_answer(reply["header"], file, content)
+            return reply["header"].encode(errors="replace"), file
+        if file is not None:
+            file.close()
+        raise RefusedError(_plain(str(reply.get("error", "the worker gave no answer"))[:LONGEST_LINE]))
 
     def _wait_until_up(self, seconds: float) -> None:
         if self.up:
@@ -106,11 +144,23 @@ class WorkerProcess:
         if not select.select([self._connection], [], [], max(0.0, seconds))[0]:
             raise WorkerLate(f"the worker was not started within {seconds:.0f} s; it goes on")
         try:
-            local.receive(self._connection)
+            self._connection.settimeout(max(1.0, seconds))
+            local.close(self._receive()[1])
         except ConsortiumError as error:
-            self.kill()
+            self._end_with(error)
             raise WorkerDied(f"the worker {self._how()}") from error
         self.up = True
+
+    def _receive(self) -> tuple[dict[str, Any], list[int]]:
+        return local.receive(self._connection, local.MAX_MESSAGE if self._places is None else MOST_SAID)
+
+    def _end_with(self, error: ConsortiumError) -> None:
+        """End it after `error`; raises RefusedError where it was ended for what the study's code did."""
+        self.kill()
+        if self._places is not None and self._process.returncode == -signal.SIGSYS:
+            raise RefusedError(FORBIDDEN) from error
+        if self._places is not None and (self._why or isinstance(error, IntegrityError)):
+            raise RefusedError(f"the study's code {self._why or 'gave what is no answer'}") from error
 
     def _how(self) -> str:
         code = self._process.returncode
@@ -137,10 +187,75 @@ class WorkerProcess:
     def _pump(self, log: Callable[[str], None]) -> None:
         """Hand on what it writes."""
         assert self._process.stderr is not None
+        count = 0
         with io.TextIOWrapper(self._process.stderr, "utf-8", "replace") as lines:
             while line := lines.readline(LONGEST_LINE):
-                if line.strip():
-                    log("".join(c if c.isprintable() else " " for c in line.rstrip()))
+                count += 1
+                if line.strip() and (self._places is None or count <= MOST_LINES):
+                    log(_plain(line.rstrip()))
+                if self._places is not None and count == MOST_LINES:
+                    log(f"it has written {MOST_LINES} lines; no more of them are shown")
+
+    def _watch(self) -> None:
+        """End it where it takes more than a confined worker may; for a thread of its own."""
+        assert self._places is not None
+        while self._process.returncode is None:
+            time.sleep(LOOK_EVERY)
+            why = ""
+            try:
+                if len(os.listdir(f"/proc/{self.pid}/task")) > MAX_THREADS:  # noqa: PTH208 - names alone
+                    why = f"started more than {MAX_THREADS} threads, and was ended"
+                elif _taken(self.pid, self._places["write"]) > MAX_DISK:
+                    why = f"wrote more than {MAX_DISK >> 30} GiB, and was ended"
+            except OSError:
+                continue  # it is ending
+            if why:
+                self._why = why
+            if why or time.monotonic() > self._end:
+                self._signal()
+                return
+
+    def _signal(self) -> None:
+        with self._ending:
+            if self._process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _check_answer(header: str, file: BinaryIO | None, content: BinaryIO | None) -> None:
+    """Raises RefusedError where what a confined worker gave is no answer, or larger than one can be."""
+    about = os.fstat(file.fileno()) if file is not None else None
+    asked = os.fstat(content.fileno()).st_size if content is not None else 0
+    try:
+        length = parse(header.encode(errors="replace")).length
+    except IntegrityError:
+        length = -1
+    large = about is not None and (not stat.S_ISREG(about.st_mode) or about.st_size > MAX_DISK)
+    if large or not 0 <= length <= 2 * asked + SPARE:
+        if file is not None:
+            file.close()
+        what = "gave what is no answer" if length < 0 else "gave more than an answer can have"
+        raise RefusedError(f"the study's code {what}")
+
+
+def _taken(pid: int, folders: list[str]) -> int:
+    """Bytes on disk of what lies in its folders, and of what it has open and no name."""
+    count = 0
+    for folder in folders:
+        for place, _, names in os.walk(folder):
+            count += sum(_blocks(os.path.join(place, name)) for name in names)  # noqa: PTH118 - it is many
+    return count + sum(_blocks(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
+
+
+def _blocks(path: str) -> int:
+    with contextlib.suppress(OSError):
+        about = os.stat(path)  # noqa: PTH116 - it is many
+        return about.st_blocks * 512 if stat.S_ISREG(about.st_mode) else 0
+    return 0
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -148,4 +263,5 @@ def environment(folder: Path) -> dict[str, str]:
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     home = str(folder)
     fixed = {"HOME": home, "TMPDIR": home, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    fixed["LOGNAME"] = "worker"  # libraries ask who runs them; a confined worker cannot look it up
     return {**kept, **fixed}

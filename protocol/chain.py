@@ -270,6 +270,37 @@ def entries(path: Path, name: str, after: int = 0) -> Iterator[Entry]:
                 yield entry
 
 
+def lines(path: Path, after: int = 0) -> list[bytes]:
+    """The entries with a number above `after` as they are written, without line ends: what another side checks.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if not path.exists():
+        return []
+    with _opened(path) as file:
+        whole = [line[:-1] for line in file if line.endswith(b"\n")]
+    return [line for line in whole if int(json.loads(line)["sequence"]) > after]
+
+
+def continued(given: Sequence[bytes], head: Head, keys: Sequence[Ed25519PublicKey], what: str) -> list[Entry]:
+    """The entries of the lines `given`, which follow `head` in somebody's chain, each checked.
+
+    what: names the chain in errors.
+
+    Raises:
+        IntegrityError: naming the first that is not signed by a key of `keys`, or does not follow.
+    """
+    scan, found = _Scan(Path(what), head, 0, keys), []
+    for line in given:
+        entry = scan.entry(line + b"\n")
+        if not _signed(keys, line):
+            raise IntegrityError(f"{what}: entry {entry.sequence} is not signed by its owner")
+        scan.head, scan.line = entry.head, line
+        found.append(entry)
+    return found
+
+
 class _Scan:
     """A walk over lines: the head so far, the last line, and where it ends. keys: tell which of two lines is wrong."""
 
@@ -284,11 +315,11 @@ class _Scan:
                     if len(line) > MAX_LINE:
                         raise self._bad("is longer than a line can be")
                     return  # torn by a crash, never acknowledged
-                entry = self._entry(line)
+                entry = self.entry(line)
                 self.head, self.end, self.line = entry.head, self.end + len(line), line
                 yield entry
 
-    def _entry(self, line: bytes) -> Entry:
+    def entry(self, line: bytes) -> Entry:
         try:
             fields = json.loads(line)
             if not isinstance(fields, dict) or set(fields) != _FIELDS or canonical(fields) != line[:-1]:

@@ -45,8 +45,8 @@ def send(connection: socket.socket, document: Mapping[str, Any], files: Sequence
         raise ClosedError("the process at the other end has ended") from error
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """One message: its document, and descriptors that the caller must close.
+def receive(connection: socket.socket, most: int = MAX_MESSAGE) -> tuple[dict[str, Any], list[int]]:
+    """One message: its document, and descriptors that the caller must close. most: bytes of the document.
 
     Raises:
         ClosedError: the other end is gone, perhaps in the middle of a message.
@@ -60,8 +60,8 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
         if flags & socket.MSG_CTRUNC:
             raise IntegrityError("local message: more files than a message may have")
         length = int.from_bytes(first + _exactly(connection, 4 - len(first)), "big")
-        if length > MAX_MESSAGE:
-            raise IntegrityError(f"local message: {length} bytes; at most {MAX_MESSAGE} are read")
+        if length > most:
+            raise IntegrityError(f"local message: {length} bytes; at most {most} are read")
         try:
             document = _parsed(_exactly(connection, length))
         except (ValueError, RecursionError) as error:

@@ -13,6 +13,8 @@ whole. It is verified before the header is parsed; the content is hashed while i
     GET  /v1/studies/DIGEST   a study's bundle; without code of its own perhaps just the text of its file
     GET  /v1/trust            the keys that sign instructions, signed by the root
     GET  /v1/epoch/SEEN       the server's epoch, signed; SEEN is the latest that the site has seen
+    GET  /v1/proposals        the submitted studies, and the last decision of this site that the server knows
+    POST /v1/approvals        {"entries"}: this site's decisions that the server does not know yet (client/approvals.py)
     POST /v1/renew            {"csr"}; a new certificate
     POST /v1/leave            {}; the site leaves the federation
 
@@ -31,8 +33,9 @@ from consortium.protocol.messages import MAX_HEADER
 from consortium.protocol.signing import SIGNATURE_BYTES
 
 FORMAT = 1
-POLL, ANSWERS, STUDIES, TRUST, EPOCH, RENEW, LEAVE = (
-    "/v1/poll", "/v1/answers/", "/v1/studies/", "/v1/trust", "/v1/epoch/", "/v1/renew", "/v1/leave",
+POLL, ANSWERS, STUDIES, TRUST, EPOCH, RENEW, LEAVE, PROPOSALS, APPROVALS = (
+    "/v1/poll", "/v1/answers/", "/v1/studies/", "/v1/trust", "/v1/epoch/", "/v1/renew", "/v1/leave", "/v1/proposals",
+    "/v1/approvals",
 )  # fmt: skip
 ROOT, JOIN = "/v1/root", "/v1/join"
 
@@ -43,7 +46,7 @@ CHUNK = 1 << 20
 MAX_DOCUMENT = 64 * 1024
 """Bytes of a JSON body, other than frames."""
 NOTICE = "consortium-notice"
-"""A header of the server's answers to polls: words "renew", "trust=SERIAL" and `RUNS`, separated by spaces."""
+"""A header of the server's answers to polls: "renew", "trust=SERIAL", "studies=NUMBER" and `RUNS`, by spaces."""
 RUNS = "runs"
 """The word of the notice where the body is a statement of endings."""
 LATE = "late: "

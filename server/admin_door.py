@@ -122,13 +122,13 @@ class AdminDoor:
         document = _document(request, MAX_SUBMITTED)
         found = bundle.read(_decoded(document)) if "bundle" in document else _without_code(document)
         study = found.study
-        if not study.built_in or is_own(study.strategy.name):
+        if is_own(study.strategy.name):
             raise InputError(
-                f"study '{study.name}': brings code of its own; in this version only built-in tasks and strategies "
-                "run at sites"
+                f"study '{study.name}': brings a strategy of its own; in this version those run in simulation only"
             )
         found.check_needs()
         self._archive.submit(found)
+        self._exchange.nudge()
         return {"study": study.name, "digest": study.digest, "bundle": found.digest}
 
     def _show(self, name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from consortium.protocol.bundle import Bundle, of
+from consortium.protocol.bundle import Bundle, of, read
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.files import private_folder
 from consortium.protocol.sealed import DataKey, new_data_key
@@ -54,6 +54,12 @@ class Commit:
     file: str
     sha256: str
     at: float
+
+
+def waits(study: Study) -> bool:
+    """Whether runs of a study wait until sites have said that they approve it: where it brings code, or wants more than
+    one approval. Else each site decides when it is asked, and the first that takes part has approved."""
+    return not study.built_in or study.cohort.approvals > 1
 
 
 class Archive:
@@ -127,10 +133,34 @@ class Archive:
             found.append({**dict(row), "run": run and run.name, "state": state, "why": why})
         return found
 
+    def proposals(self) -> tuple[int, list[dict[str, Any]]]:
+        """A number that changes when a study is submitted, and what sites are shown of the studies: name, digest,
+        bundle, and whether runs of it wait for approvals."""
+        rows = self._store.rows(
+            "SELECT studies.name, studies.digest, bundles.digest AS bundle, bundles.rowid AS number, content "
+            "FROM studies JOIN bundles ON bundles.study = studies.digest ORDER BY studies.name"
+        )
+        found = []
+        for row in rows:
+            study = read(bytes(row["content"])).study
+            about = {"name": row["name"], "digest": row["digest"], "bundle": row["bundle"]}
+            found.append({**about, "waits": waits(study)})
+        return self.number(), found
+
+    def number(self) -> int:
+        """A number that changes when a study is submitted."""
+        row = self._store.row("SELECT COALESCE(MAX(rowid), 0) AS number FROM bundles")
+        return int(row["number"]) if row is not None else 0
+
     def bundle_of(self, digest: str) -> bytes | None:
         """The bundle of the study of that digest."""
         row = self._store.row("SELECT content FROM bundles WHERE study = ?", digest)
         return bytes(row["content"]) if row is not None else None
+
+    def bundle_digest(self, digest: str) -> str | None:
+        """SHA-256 (hex) of the bundle of the study of that digest."""
+        row = self._store.row("SELECT digest FROM bundles WHERE study = ?", digest)
+        return str(row["digest"]) if row is not None else None
 
     def text_of(self, digest: str) -> str | None:
         """The text of the study of that digest, submitted or of a run."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,7 +73,7 @@ class Stage(Protocol):
 class Conversation:
     """With one process of a run, from its start to its end.
 
-    commits: how many it made.
+    commits: how many it made. approved: the sites that have approved the study now; None where that is not asked.
     """
 
     def __init__(
@@ -86,8 +86,9 @@ class Conversation:
         exchange: Exchange,
         stage: Stage,
         seal: Seal | None = None,
+        approved: Callable[[], set[str]] | None = None,
     ) -> None:
-        self._seal_with = seal
+        self._seal_with, self._approved = seal, approved
         self._run, self._federation, self._study = run, federation, study
         self._child, self._archive, self._exchange, self._stage = child, archive, exchange, stage
         self.commits = 0
@@ -235,7 +236,7 @@ class Conversation:
                 self._child, self._too_few, self._study.cohort.deadline if trained else math.inf
             )
             self._gathered = True
-        sites = self._exchange.connected()
+        sites = sorted(self._willing(self._exchange.connected()))
         self._offered.update(sites)
         return {"sites": sites}, None
 
@@ -291,7 +292,7 @@ class Conversation:
     def _wait(self, document: dict[str, Any], _: list[int]) -> Reply:
         """Wait for sites after void rounds; where all that are named are at hand, say whether to try again at once."""
         named = {str(site) for site in wire.field(document, "sites", list)}
-        present = set(self._exchange.connected())
+        present = self._willing(self._exchange.connected())
         absent = named - present
         if named and not absent and not self._too_few(present):
             # Who was silent or away may do better now. Who answered, but without use, will do so again.
@@ -302,17 +303,22 @@ class Conversation:
             who = "waits for " + ", ".join(f"{site} ({away.get(site, 'away')})" for site in sorted(absent))
 
         def missing(known: set[str]) -> str:
-            return self._too_few(known) or ("" if known - present else who)
+            return self._too_few(known) or ("" if self._willing(known) - present else who)
 
         self._stage.until(self._child, missing)
         return {"more": True}, None
 
     def _too_few(self, known: set[str]) -> str:
         """Why the sites at hand are too few for a round; empty where they are enough."""
-        need = self._study.cohort.min_sites
+        need, known = self._study.cohort.min_sites, self._willing(known)
         if len(known) >= need:
             return ""
         names = f" ({', '.join(sorted(known))})" if known else ""
         away = [f"{site} ({how})" for site, how in self._exchange.away().items()][:MOST_NAMES]
         missing = f"; away: {', '.join(away)}" if away else ""
-        return f"{len(known)} of at least {need} sites are connected{names}{missing}"
+        what = "connected" if self._approved is None else "connected and have approved it"
+        return f"{len(known)} of at least {need} sites are {what}{names}{missing}"
+
+    def _willing(self, sites: Iterable[str]) -> set[str]:
+        """Those that may be asked: all, or where the study waits for approvals those that have approved it."""
+        return set(sites) if self._approved is None else set(sites) & self._approved()

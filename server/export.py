@@ -55,12 +55,13 @@ def export(
     local: Vector | None = None,
     sign: Sign | None = None,
     timeout: float = TIMEOUT,
+    trusted: bool = False,
 ) -> Exported:
     """Write the model that a run selected into the new folder `destination`.
 
     local: the `local` segment, for a model of which parts stay at the sites: then this is one site's own model.
     sign: gives the content of `signature.json` for a manifest and the lineage; None leaves the model unsigned.
-    timeout: seconds for the worker.
+    timeout: seconds for the worker. trusted: whether code that the study brings runs without a sandbox.
 
     Raises:
         InputError: the destination is taken, or the graph depends on the values or the number of its rows.
@@ -76,7 +77,7 @@ def export(
         raise InputError(f"{destination}: is not empty; give a new folder, exported models are never changed")
     with exchange() as folder:
         _give(folder, outcome.model, local, outcome.state.statistics)
-        run("export", study, plan.strategy.local, folder, timeout=timeout)
+        run("export", study, plan.strategy.local, folder, timeout=timeout, trusted=trusted)
         weights = _read(folder, WEIGHTS)
         _same_weights(weights, plan.layout["shared"], outcome.model)
         contract = _contract(plan, outcome)

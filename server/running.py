@@ -19,10 +19,11 @@ from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedE
 from consortium.protocol.files import private_folder, write_private
 from consortium.protocol.local import ClosedError
 from consortium.protocol.study import Study
-from consortium.server.archive import Archive, Run
+from consortium.server.approvals import Approvals
+from consortium.server.archive import Archive, Run, waits
 from consortium.server.child import COMMAND, Child
 from consortium.server.conversation import Conversation, Exchange, Missing, Seal
-from consortium.server.states import FAILED, PAUSED, RUNNING, STOPPED, VOIDED, WAITING
+from consortium.server.states import APPROVALS, FAILED, PAUSED, RUNNING, STOPPED, VOIDED, WAITING
 
 BUNDLE = "study.fab"
 """The file of a run's folder with its study."""
@@ -47,6 +48,7 @@ class Running:
     """One run, in a thread of its own from `start` to its end.
 
     folder: the run's. over: called at the end, whatever it is. seal: signs the manifest of its model.
+    approvals: what sites decided; without them nothing is waited for.
     """
 
     def __init__(
@@ -59,8 +61,9 @@ class Running:
         over: Callable[[], None],
         command: tuple[str, ...] = COMMAND,
         seal: Seal | None = None,
+        approvals: Approvals | None = None,
     ) -> None:
-        self._seal = seal
+        self._seal, self._approvals = seal, approvals
         self._run, self._name = run, run.name
         self._archive, self._exchange = archive, exchange
         self._folder, self._federation, self._over = folder, federation, over
@@ -149,6 +152,7 @@ class Running:
         deaths = 0
         while True:
             self.hold()
+            self._await_approvals(study)
             child = Child(private_folder(self._folder), self._first(), self._wake, self._command)
             try:
                 with self._changed:
@@ -164,6 +168,7 @@ class Running:
                     self._exchange,
                     self,
                     self._seal,
+                    self._approved(study),
                 )
                 if talk.hold():
                     child.ended.wait(_LEAVING)
@@ -192,6 +197,24 @@ class Running:
         with self._changed:
             if self._changed.wait_for(lambda: self._halted, seconds):
                 raise _Halted
+
+    def _approved(self, study: Study) -> Callable[[], set[str]] | None:
+        approvals, digest = self._approvals, self._archive.bundle_digest(self._run.digest)
+        if approvals is None or digest is None or not waits(study):
+            return None
+        return lambda: approvals.approved(digest)
+
+    def _await_approvals(self, study: Study) -> None:
+        """Wait until enough sites have approved the study; nothing of it runs before, not even here."""
+        digest = self._archive.bundle_digest(self._run.digest)
+        if self._approvals is None or digest is None or not waits(study):
+            return
+        while why := self._approvals.missing(digest, study.cohort.approvals):
+            self._move(APPROVALS, why)
+            with self._changed:
+                self._changed.wait(LOOK_EVERY)
+            self.hold()
+        self._move(RUNNING)
 
     def _study(self) -> Study:
         content = self._archive.bundle_of(self._run.digest)

@@ -16,6 +16,7 @@ from typing import Any
 from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
 from consortium.protocol.files import private_folder
 from consortium.protocol.study import Study
+from consortium.server.approvals import Approvals
 from consortium.server.archive import Archive, Run
 from consortium.server.child import COMMAND
 from consortium.server.conversation import Seal
@@ -35,6 +36,7 @@ class Runs:
     """For any number of threads.
 
     folder: the server's; each run works in `runs/NAME` there. federation: its name. seal: signs a model's manifest.
+    approvals: what sites decided.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Runs:
         federation: str,
         command: tuple[str, ...] = COMMAND,
         seal: Seal | None = None,
+        approvals: Approvals | None = None,
     ) -> None:
-        self._seal = seal
+        self._seal, self._approvals = seal, approvals
         self._archive, self._exchange, self._federation = archive, exchange, federation
         self._folder = private_folder(folder / "runs")
         self._command = command
@@ -105,6 +108,7 @@ class Runs:
                 lambda: self._ended(run.name),
                 self._command,
                 self._seal,
+                self._approvals,
             )
             self._running[run.name] = running
             running.start()

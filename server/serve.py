@@ -24,6 +24,7 @@ from consortium.protocol.joincode import JoinCode
 from consortium.protocol.keys import Lock
 from consortium.protocol.signing import INSTRUCTION, sign
 from consortium.server.admin_door import AdminDoor
+from consortium.server.approvals import Approvals
 from consortium.server.archive import Archive
 from consortium.server.enrolment import Enrolment
 from consortium.server.exchange import Exchange
@@ -58,9 +59,13 @@ class Server:
         spool = folder / "spool"
         spool.mkdir(mode=0o700, exist_ok=True)
         self.exchange = Exchange(self._sign, spool, self.roster.is_member, members=self.roster.joined)
-        self.runs = Runs(self.archive, self.exchange, folder, federation.config.name, seal=federation.seal)
+        name = federation.config.name
+        self.approvals = Approvals(self.store, self.roster, name)
+        self.runs = Runs(
+            self.archive, self.exchange, folder, name, seal=federation.seal, approvals=self.approvals
+        )
         config = federation.config
-        site_door = SiteDoor(federation, self.roster, self.archive, self.exchange)
+        site_door = SiteDoor(federation, self.roster, self.archive, self.exchange, self.approvals)
         self.site_door = Listener(
             config.bind, config.port, federation.site_context, site_door.handle, Caps(), self.roster.admit
         )

@@ -21,6 +21,7 @@ from consortium.protocol.errors import ConsortiumError, InputError, IntegrityErr
 from consortium.protocol.messages import Header, parse
 from consortium.protocol.signing import ANSWER, public_key, verify
 from consortium.protocol.wire import CHUNK
+from consortium.server.approvals import Approvals
 from consortium.server.archive import Archive
 from consortium.server.endings import news as endings_of
 from consortium.server.exchange import Exchange
@@ -29,6 +30,8 @@ from consortium.server.listener import PeerGone, Request, Response, error_respon
 from consortium.server.offers import Offer, Received, Spooled
 from consortium.server.roster import Roster
 
+MOST_DECIDED = 4 << 20
+"""Bytes of a request with a site's decisions."""
 MOST_NONCES = 64
 """How many instructions a site can have in hand."""
 
@@ -38,8 +41,16 @@ _log = logging.getLogger(__name__)
 class SiteDoor:
     """Answers the requests of sites."""
 
-    def __init__(self, federation: Federation, roster: Roster, archive: Archive, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        federation: Federation,
+        roster: Roster,
+        archive: Archive,
+        exchange: Exchange,
+        approvals: Approvals,
+    ) -> None:
         self._federation, self._roster, self._archive = federation, roster, archive
+        self._approvals = approvals
         self._exchange = exchange
 
     def handle(self, request: Request) -> Response:
@@ -64,6 +75,8 @@ class SiteDoor:
             ("GET", wire.STUDIES, self._study),
             ("GET", wire.TRUST, self._trust),
             ("GET", wire.EPOCH, self._epoch),
+            ("GET", wire.PROPOSALS, self._proposals),
+            ("POST", wire.APPROVALS, self._decided),
             ("POST", wire.RENEW, self._renew),
             ("POST", wire.LEAVE, self._leave),
         ]
@@ -74,6 +87,7 @@ class SiteDoor:
         paused = wire.field(document, "paused", bool)
         have = _nonces(document)
         kept, nonce = _kept(document)
+        known = document.get("studies", 0)
         end = time.monotonic() + wire.POLL_SECONDS
         notice = {wire.NOTICE: self._notice(site)}
         try:
@@ -85,6 +99,8 @@ class SiteDoor:
                     ended = endings_of(self._archive, kept)
                     if ended:
                         return self._endings(site, nonce, ended)
+                    if "studies" in document and self._archive.number() != known:
+                        return Response(204, headers={wire.NOTICE: self._notice(site)})
                     if not request.wait(news, max(0.0, end - time.monotonic())):
                         return Response(204, headers=notice)
                     os.eventfd_read(news)
@@ -100,7 +116,7 @@ class SiteDoor:
         return Response(200, body, headers={wire.NOTICE: f"{self._notice(site)} {wire.RUNS}"})
 
     def _notice(self, site: str) -> str:
-        words = [f"trust={self._federation.trust_serial}"]
+        words = [f"trust={self._federation.trust_serial}", f"studies={self._archive.number()}"]
         if self._roster.renewal_due(site):
             words.append("renew")
         return " ".join(words)
@@ -191,6 +207,23 @@ class SiteDoor:
             return error_response(404, "there is no study of that digest")
         return Response(200, text.encode(), "application/toml; charset=utf-8")
 
+    def _proposals(self, request: Request, site: str) -> Response:
+        number, studies = self._archive.proposals()
+        known = [head.text for head in self._approvals.heads(site)]
+        return json_response({"number": number, "studies": studies, "approvals": known})
+
+    def _decided(self, request: Request, site: str) -> Response:
+        """Take decisions of a site about studies."""
+        lines = wire.field(_document(request, MOST_DECIDED), "entries", list)
+        if any(type(one) is not str for one in lines):
+            raise InputError("field 'entries': lines of a log were expected")
+        try:
+            head = self._approvals.take(site, lines)
+        except IntegrityError as error:
+            _log.error("site %s: its decisions are not taken: %s", site, error)
+            raise
+        return json_response({"head": head.text})
+
     def _trust(self, request: Request, site: str) -> Response:
         return json_response(self._federation.trust())
 
@@ -221,9 +254,9 @@ class SiteDoor:
         return json_response({"left": True})
 
 
-def _document(request: Request) -> dict[str, Any]:
+def _document(request: Request, most: int = wire.MAX_DOCUMENT) -> dict[str, Any]:
     try:
-        document = json.loads(request.read(wire.MAX_DOCUMENT))
+        document = json.loads(request.read(most))
     except (ValueError, RecursionError) as error:
         raise InputError("the request is not JSON") from error
     if not isinstance(document, dict) or document.get("format") != wire.FORMAT:

@@ -1,7 +1,7 @@
 """How a run can stand: the words that the database, the commands, JSON, logs and whoever counts them share.
 
 proposed                submitted, and not started
-waiting for approvals   of the sites (not in this version)
+waiting for approvals   of the sites: nothing of it runs before
 waiting for sites       too few are at hand; why: which are, and which are away since when
 running                 rounds are under way
 paused                  by the admin; the exchange under way ended

@@ -85,6 +85,18 @@ CREATE TABLE IF NOT EXISTS bundles (  -- server/archive.py
     digest TEXT NOT NULL,         -- SHA-256 (hex) of the bundle
     content BLOB NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS approvals (  -- decisions of sites, as they signed them: server/approvals.py
+    site TEXT NOT NULL,
+    identity TEXT NOT NULL,       -- under which it signed
+    sequence INTEGER NOT NULL,    -- in the site's own log
+    hash TEXT NOT NULL,           -- SHA-256 (hex) of the line
+    kind TEXT NOT NULL,           -- approved, rejected
+    bundle TEXT NOT NULL,
+    expires REAL NOT NULL,
+    reason TEXT NOT NULL,
+    line TEXT NOT NULL,
+    PRIMARY KEY (site, identity, sequence)
+) STRICT;
 """
 """Tables that a database of this format may lack, because an earlier version made it."""
 

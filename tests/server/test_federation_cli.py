@@ -259,8 +259,11 @@ def test_a_study_is_refused_where_it_is_wrong_unknown_or_brings_code(type_in: Ty
     own = place.folder / "own.toml"
     own.write_text(STUDY.replace("consortium.client.tasks.tabular:Classifier", "task:Net"))
     refused(type_in("study", "submit", own, *to), 2, "there is no task.py")
+    (place.folder / "task.py").write_text("class Net: pass\nimport not_installed_anywhere\n")
+    refused(type_in("study", "submit", own, *to), 2, "not_installed_anywhere", "nothing is installed")
     (place.folder / "task.py").write_text("class Net: pass\n")
-    refused(type_in("study", "submit", own, *to), 2, "code of its own")
+    own.write_text(own.read_text() + '[strategy]\nname = "task:Net"\n')
+    refused(type_in("study", "submit", own, *to), 2, "a strategy of its own")
     own.write_text(STUDY.replace("rounds = 3", "round = 3"))
     refused(type_in("study", "submit", own, *to), 2, "round")
     refused(type_in("study", "submit", place.folder / "no.toml", *to), 2, "no.toml")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from consortium.protocol.joincode import JoinCode
+from consortium.server.approvals import Approvals
 from consortium.server.archive import Archive
 from consortium.server.enrolment import Enrolment
 from consortium.server.exchange import Exchange
@@ -70,7 +71,8 @@ def open_doors(folder: Path, name: str = "lung", wrap: Wrap = lambda handler: ha
     roster = Roster(store, clock)
     archive = Archive(store, folder / "checkpoints")
     exchange = Exchange(lambda header: b"", folder / "spool", roster.is_member)
-    site_door = SiteDoor(federation, roster, archive, exchange)
+    approvals = Approvals(store, roster, name, clock)
+    site_door = SiteDoor(federation, roster, archive, exchange, approvals)
     site = Listener(HOST, 0, federation.site_context, site_door.handle, Caps(), roster.admit)
     enrolment = Listener(HOST, 0, federation.open_context, wrap(Enrolment(federation, roster).handle), Caps())
     site.start()

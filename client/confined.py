@@ -1,0 +1,76 @@
+"""The worker program, confined before anything that a study brings is loaded.
+
+    python -m consortium.client.confined PLACES WORKER'S ARGUMENTS…
+
+PLACES is JSON: `read` and `write`, the paths that the study's code may use; `apart`, folders with keys that must not
+lie among what the interpreter needs; perhaps `memory`, the bytes that it may take. This module and `client/sandbox.py`
+import nothing heavy: libraries may start threads, which would not be confined.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from consortium.client import sandbox
+from consortium.protocol.errors import ConsortiumError
+
+TOLD = 20
+"""How many files outside its places the log names that the study's code asked for."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Enter the sandbox, then do as `client/worker.py`; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    places = json.loads(given[0])
+    try:
+        for folder in places["apart"]:
+            sandbox.check_apart(Path(folder))
+        size = sandbox.enter(places["read"], places["write"])
+    except ConsortiumError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+    from consortium.client import worker
+
+    def confine() -> None:
+        sandbox.limit(size, sandbox.memory())
+        sys.addaudithook(
+            _Telling([*sandbox.needed(), *places["read"], *places["write"], "/dev", "/proc", "/sys"])
+        )
+
+    return worker.main(given[1:], confine)
+
+
+class _Telling:
+    """Writes to the log which files the study's code asks for that it cannot have. The kernel refuses them; this only
+    tells, of what Python opens."""
+
+    def __init__(self, places: Sequence[str]) -> None:
+        self._places = tuple(os.path.realpath(place) for place in places)
+        self._left = TOLD
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.listdir", "os.scandir") or not self._left or not arguments:
+            return
+        path = arguments[0]
+        if not isinstance(path, str | bytes | os.PathLike) or str(path).startswith("__editable__"):
+            return  # what Python asks its own importers
+        try:
+            real = os.path.realpath(os.fsdecode(path))
+        except (OSError, ValueError):
+            return
+        if not any(real == place or real.startswith(place + "/") for place in self._places):
+            self._left -= 1
+            os.write(
+                2,
+                f"sandbox: the study's code asked for {os.fsdecode(path)[:200]!r}\n".encode(errors="replace"),
+            )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
