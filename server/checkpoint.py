@@ -1,10 +1,11 @@
 """A run's state as one file, exact to the last bit: raw arrays one after the other, then a document that names them.
 
-    model | other arrays | lines of rounds, of evaluations | document (JSON) | its length, 8 bytes big-endian | "CSCP"
+    model | control | statistics | other arrays | lines of rounds, of evaluations
+        | document (JSON) | its length, 8 bytes big-endian | "CSCP"
 
 The document holds each part's place, dtype, shape and SHA-256, so the SHA-256 of the document, which `Writer.write`
-returns, vouches for the whole file. The model stands first: the file also serves as the content of an instruction
-that carries the model alone. Nothing is ever pickled; arrays are little-endian. On disk all of this is encrypted
+returns, vouches for the whole file. It begins as the content of the next instruction does, so that it serves as that,
+too. Nothing is ever pickled; arrays are little-endian. On disk all of this is encrypted
 (`protocol/sealed.py`) under the run's own key.
 """
 
@@ -129,10 +130,10 @@ def _arrays(state: RunState) -> Iterator[Named]:
     yield "model", "", _checked("the model", state.model), state.digest
     if state.control is not None:
         yield "control", "", _checked("the control variate", state.control), ""
-    for name, array in state.optimizer.items():
-        yield "optimizer", name, _checked(f"the server optimizer's '{name}'", array), ""
     for name, values in state.statistics.items():
         yield "statistic", name, _checked(f"statistic '{name}'", values), ""
+    for name, array in state.optimizer.items():
+        yield "optimizer", name, _checked(f"the server optimizer's '{name}'", array), ""
     if state.best is not None and state.best[0].model != state.digest:
         yield "best", "", _checked("the best model", state.best[1]), state.best[0].model
 

@@ -40,6 +40,7 @@ LONGEST_REST = 60.0
 
 Clock = Callable[[], float]
 Rest = Callable[[float], None]
+Name = Callable[[Vector], str]
 Report = Callable[[Round | Evaluation], None]
 
 
@@ -53,6 +54,7 @@ def run(
     draws: Stream | None = None,
     report: Report = lambda _: None,
     rest: Rest = lambda _: None,
+    name: Name = lambda model: digest_of([model]),
 ) -> Outcome:
     """Run a study to its end, from where it was last committed.
 
@@ -61,10 +63,11 @@ def run(
     draws: the randomness of the noise; None: the operating system's, the only one that protects anybody.
     report: called with each round, void ones too, and each evaluation, once it is committed.
     rest: waits so many seconds, between two attempts at a round; live, it is `time.sleep`.
+    name: the digest of a model; live, it is remembered for the instruction that carries the model.
     """
     draws = draws or Stream.system()
     exchange = partial(_exchange, plan, clients, clock)
-    state = commits.load() or _begin(plan)
+    state = commits.load() or _begin(plan, name)
     known = standings(state.rounds, plan.failures)
     while state.round < plan.study.rounds:
         before, started = state, clock()
@@ -74,7 +77,7 @@ def run(
             state = _prepared(plan, state, ballot, started, clock)
         else:
             ballot = exchange(state, "train", cohort)  #                   ask, admit
-            state = _trained(plan, clients, state, ballot, started, clock, draws)  # reduce, noise, step
+            state = _trained(plan, clients, state, ballot, started, clock, draws, name)  # reduce, noise, step
         del ballot  # the updates in it take up a disk
         commits.commit(state)  #                                           commit
         _tell(report, before, state)
@@ -92,13 +95,13 @@ def run(
     return _outcome(plan, state)
 
 
-def _begin(plan: Plan) -> RunState:
+def _begin(plan: Plan, name: Name) -> RunState:
     control = plan.layout["control"]
     return RunState(
         round=0,
         attempt=0,
         model=plan.initial,
-        digest=digest_of([plan.initial]),
+        digest=name(plan.initial),
         control=np.zeros(control.size, control.numpy_dtype) if control.size else None,
         optimizer=plan.strategy.optimizer.init(plan.initial),
         statistics={},
@@ -208,6 +211,7 @@ def _trained(
     started: float,
     clock: Clock,
     draws: Stream,
+    name: Name,
 ) -> RunState:
     """The next state after a round of training: reduce and noise what was admitted, step; or a void attempt."""
     void = _void(plan, ballot, plan.strategy.reducer.minimum)
@@ -224,9 +228,12 @@ def _trained(
         state.statistics,
         draws,
     )
-    model, optimizer = plan.strategy.optimizer.step(state.optimizer, state.model, update)
+    moves = plan.strategy.optimizer
+    own = plan.strategy.reducer.scale is not None  # a sum, to which nobody else refers
+    step = moves.step_over if own and moves.step_over is not None else moves.step
+    model, optimizer = step(state.optimizer, state.model, update)
     control = state.control
-    digest = digest_of([model])
+    digest = name(model)
     record = _record(state, ballot, number, "", digest, clock() - started)
     if control is not None:
         at_hand = {*clients.sites(), *ballot.asked}

@@ -18,7 +18,7 @@ Where the server cannot do what is asked it says {error, kind}, which is raised 
 
 from __future__ import annotations
 
-import json
+import hashlib
 import mmap
 import os
 import socket
@@ -28,9 +28,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from consortium.protocol import local
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
-from consortium.protocol.messages import Answer, Instruction, Payload, assemble, canonical, encode, parse
+from consortium.protocol.layout import Vector
+from consortium.protocol.messages import (
+    Answer,
+    Instruction,
+    Statistics,
+    assemble,
+    contents,
+    header_of,
+    parse,
+)
 from consortium.protocol.sealed import DataKey, is_sealed, sealing
 from consortium.server import checkpoint
 from consortium.server.clients import Block
@@ -40,6 +51,9 @@ from consortium.server.results import document
 _ERRORS: Mapping[str, type[ConsortiumError]] = {
     one.__name__: one for one in (InputError, RefusedError, IntegrityError)
 }
+Part = tuple[dict[str, Any], memoryview]
+"""As `messages.contents` gives it."""
+_NOTHING = np.empty(0, np.float32)
 
 
 class Link:
@@ -86,7 +100,14 @@ class LinkCommits:
         self._link, self._run, self._folder, self.key = link, run, folder, key
         self._writer = checkpoint.Writer(run, key)
         self._shown = (0, 0)
-        self._model: tuple[str, int] = ("", -1)
+        self._held: tuple[RunState, int] | None = None  # without its model and what else is large
+        self._named: tuple[str, Any] = ("", None)  # a model's digest, and the hash that gave it
+
+    def name(self, model: Vector) -> str:
+        """The digest of a model, remembered for the instruction that carries it: it is hashed once."""
+        sha = hashlib.sha256(np.ascontiguousarray(model, model.dtype.newbyteorder("<")).view(np.uint8).data)
+        self._named = (sha.hexdigest(), sha)
+        return self._named[0]
 
     def load(self) -> RunState | None:
         reply, file = self._link.call_for_file("load")
@@ -94,7 +115,7 @@ class LinkCommits:
             return None
         state = checkpoint.read(file, str(reply["sha256"]), self._run, self.key)
         if is_sealed(file):
-            self._keep(state.digest, file)
+            self._keep(state, file)
         else:
             os.close(file)
         self._shown = (len(state.rounds), len(state.evaluations))
@@ -112,17 +133,36 @@ class LinkCommits:
         except BaseException:
             os.close(file)
             raise
-        self._keep(state.digest, file)
+        self._keep(state, file)
         self._shown = (len(state.rounds), len(state.evaluations))
 
-    def file_of(self, digest: str) -> int | None:
-        """A file that begins with the model of that digest, if the last commit's does."""
-        return self._model[1] if digest and self._model[0] == digest else None
+    def beginning(self, instruction: Instruction, parts: Sequence[Part]) -> tuple[str, int] | None:
+        """The SHA-256 of the instruction's content, which has these parts, and a duplicate of the last commit's file,
+        if that begins with just this content; else None."""
+        if self._held is None or not instruction.model or instruction.model != self._held[0].digest:
+            return None
+        kept, file = self._held
+        payload = instruction.payload
+        alone = set(payload.vectors) == {"shared"} and not payload.statistics
+        if not alone and not (
+            payload.vectors.get("control") is kept.control and _same(payload.statistics, kept.statistics)
+        ):
+            return None
+        if alone:  # the content is the model
+            return instruction.model, os.dup(file)
+        digest, sha = self._named
+        if digest != instruction.model:  # another process named it
+            return None
+        sha = sha.copy()
+        for part, view in parts:
+            if part["name"] != "shared" or part["place"] != "vector":
+                sha.update(view)
+        return sha.hexdigest(), os.dup(file)
 
-    def _keep(self, digest: str, file: int) -> None:
-        if self._model[1] >= 0:
-            os.close(self._model[1])
-        self._model = (digest, file)
+    def _keep(self, state: RunState, file: int) -> None:
+        if self._held is not None:
+            os.close(self._held[1])
+        self._held = (replace(state, model=_NOTHING, optimizer={}, best=None), file)
 
 
 class LinkClients:
@@ -138,42 +178,31 @@ class LinkClients:
         return [str(site) for site in self._link.call("sites")["sites"]]
 
     def ask(self, sites: Sequence[str], instruction: Instruction) -> None:
-        file = self._commits.file_of(instruction.model)
-        if file is None or set(instruction.payload.vectors) != {"shared"} or instruction.payload.statistics:
-            self._send(sites, instruction, *self._written(instruction))
-            return
-        # The commit's file begins with just this content, and the model's digest is the content's SHA-256.
-        model = instruction.payload.vectors["shared"]
-        part = {"place": "vector", "name": "shared", "dtype": model.dtype.str, "shape": list(model.shape)}
-        self._send(sites, instruction, [part], instruction.model, file)
-
-    def _written(self, instruction: Instruction) -> tuple[list[Any], str, int | None]:
-        """Parts, SHA-256 and file of the content; the file is None where there is no content."""
-        header, views = encode(instruction)
-        about = json.loads(header)
-        if not views:
-            return about["parts"], about["sha256"], None
-        file, place = nameless(self._spool), 0
-        for piece in sealing(views, self._commits.key):
-            place = checkpoint.put(file, memoryview(piece), place)
-        return about["parts"], about["sha256"], file
-
-    def _send(
-        self, sites: Sequence[str], instruction: Instruction, parts: list[Any], sha256: str, file: int | None
-    ) -> None:
-        bare = replace(instruction, payload=Payload())  # so that the content is not encoded for each site
-        headers = {}
-        for site in sites:
-            about = {**json.loads(encode(bare.to(site))[0]), "parts": parts, "sha256": sha256}
-            headers[site] = canonical(about).decode()
+        parts = contents(instruction)
+        sha256, file = self._commits.beginning(instruction, parts) or self._written(parts)
+        about = [part for part, _ in parts]
+        headers = {site: header_of(instruction.to(site), about, sha256).decode() for site in sites}
+        del parts
         try:
             reply = self._link.call("ask", [] if file is None else [file], headers=headers)
         finally:
-            if file is not None and file != self._commits.file_of(instruction.model):
+            if file is not None:
                 os.close(file)
         self._asked = (self._clock(), time.monotonic())
         self._refused = {str(site): str(why) for site, why in reply["refused"].items()}
         self._open = len(sites) - len(self._refused)
+
+    def _written(self, parts: Sequence[Part]) -> tuple[str, int | None]:
+        """SHA-256 and file of the content; the file is None where there is no content."""
+        sha = hashlib.sha256()
+        for _, view in parts:
+            sha.update(view)
+        if not parts:
+            return sha.hexdigest(), None
+        file, place = nameless(self._spool), 0
+        for piece in sealing([view for _, view in parts], self._commits.key):
+            place = checkpoint.put(file, memoryview(piece), place)
+        return sha.hexdigest(), file
 
     def answers(self, deadline: float) -> Iterator[Answer | Block]:
         if self._refused:
@@ -191,6 +220,18 @@ class LinkClients:
 
     def wait(self, sites: Sequence[str]) -> bool:
         return bool(self._link.call("wait", sites=list(sites))["more"])
+
+
+def _same(some: Statistics, others: Statistics) -> bool:
+    """Whether two tables have the same bytes, as they travel and as they are kept."""
+    if list(others) != sorted(others):  # in a message they are sorted, in a commit as they came
+        return False
+    return some.keys() == others.keys() and all(
+        some[name].dtype == others[name].dtype == np.dtype("<f8")
+        and some[name].shape == others[name].shape
+        and some[name].tobytes() == others[name].tobytes()
+        for name in some
+    )
 
 
 def nameless(folder: Path) -> int:

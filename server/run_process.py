@@ -90,7 +90,14 @@ def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
     del state  # the round loop loads it for itself, and lets go of it
     with threadpool_limits(1, user_api="blas"):  # more threads would change the bits of a sum of products
         outcome = run(
-            plan, clients, commits, clock=time.time, rng=random.SystemRandom(), report=report, rest=time.sleep
+            plan,
+            clients,
+            commits,
+            clock=time.time,
+            rng=random.SystemRandom(),
+            report=report,
+            rest=time.sleep,
+            name=commits.name,
         )
     (folder / INITIAL).unlink(missing_ok=True)
     results.write(folder, plan, outcome)

@@ -103,10 +103,13 @@ class ServerOptimizer:
 
     init: model -> state.
     step: (state, model, update) -> (next model, next state); arguments are not modified.
+    step_over: the same numbers, but the next model lies in the memory of `update`, for a caller to whom alone that
+        belongs; None where there is none.
     """
 
     init: Callable[[Vector], OptimizerState]
     step: Callable[[OptimizerState, Vector, Vector], tuple[Vector, OptimizerState]]
+    step_over: Callable[[OptimizerState, Vector, Vector], tuple[Vector, OptimizerState]] | None = None
 
 
 Selector = Callable[[Sequence[str], int, random.Random], list[str]]

@@ -40,7 +40,11 @@ def sgd(lr: float = 1.0) -> ServerOptimizer:
         moved = np.multiply(update, np.array(lr, model.dtype))
         return np.add(model, moved, moved), state
 
-    return ServerOptimizer(lambda model: {}, step)
+    def step_over(state: OptimizerState, model: Vector, update: Vector) -> tuple[Vector, OptimizerState]:
+        np.multiply(update, np.array(lr, model.dtype), update)
+        return np.add(model, update, update), state
+
+    return ServerOptimizer(lambda model: {}, step, step_over)
 
 
 def momentum(lr: float = 1.0, beta: float = 0.9) -> ServerOptimizer:

@@ -110,6 +110,22 @@ def test_pieces_and_threads_change_no_bit(name: str, monkeypatch: pytest.MonkeyP
     assert at_once.tobytes() == in_pieces.tobytes()
 
 
+@pytest.mark.parametrize("lr", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sgd_over_the_update_gives_the_same_bytes_in_its_memory(lr: float, dtype: str) -> None:
+    """For a caller who has no more use of the update; the model is left as it is."""
+    model, updates = rounds(dtype, 1)
+    before = model.copy()
+    right, _ = sgd(lr).step({}, model, updates[0])
+    over = sgd(lr).step_over
+    assert over is not None
+    moved, state = over({}, model, updates[0])
+    assert moved.tobytes() == right.tobytes()
+    assert moved is updates[0]
+    assert model.tobytes() == before.tobytes()
+    assert state == {}
+
+
 def test_sgd_of_one_gives_the_mean_model() -> None:
     """With a learning rate of 1 the model plus the update is the next model, bit for bit."""
     model, updates = rounds("float32", 1)
