@@ -25,10 +25,14 @@ from consortium.protocol.errors import ConsortiumError, InputError, IntegrityErr
 from consortium.protocol.files import private_folder
 from consortium.protocol.sealed import DataKey, new_data_key
 from consortium.protocol.study import Study
-from consortium.server.states import OVER, PROPOSED, STATES
+from consortium.server.states import EARLY, FINISHED, OVER, PROPOSED, STATES
 from consortium.server.store import Store
 
 _log = logging.getLogger(__name__)
+
+
+KEPT_DAYS = 30
+"""How long the checkpoint of a run that finished is kept: its model is in the run's folder, in use or not."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Commit:
-    """A run's last commit. file: its name in the folder of checkpoints. sha256: of the checkpoint's document."""
+    """A run's last commit. file: its name in the folder of checkpoints, "" where it is not kept any more. sha256: of
+    the checkpoint's document."""
 
     round: int
     attempt: int
@@ -91,6 +96,23 @@ class Archive:
         for path in self.folder.iterdir():
             if path.name not in kept:
                 path.unlink(missing_ok=True)
+
+    def retire(self) -> list[str]:
+        """Drop the checkpoints of runs that finished `KEPT_DAYS` ago, and name the runs. Their rows and events (who was
+        asked and counted in each round, the digests of all models) stay, as do results and model in the run's folder.
+        """
+        before = self._clock() - KEPT_DAYS * 86400
+        with self._store.transaction() as db:
+            rows = db.execute(
+                "SELECT run, file FROM commits JOIN runs ON runs.name = commits.run "
+                "WHERE file != '' AND state IN (?, ?) AND since < ?",
+                (FINISHED, EARLY, before),
+            ).fetchall()
+            for row in rows:
+                db.execute("UPDATE commits SET file = '' WHERE run = ?", (row["run"],))
+        for row in rows:
+            self._drop(row["file"])
+        return [str(row["run"]) for row in rows]
 
     # Studies
 

@@ -142,7 +142,7 @@ def _snapshot(folder: Path, copy: Path) -> list[str]:
         ):
             source.backup(db)
             db.execute("PRAGMA journal_mode = DELETE")
-            return [str(name) for (name,) in db.execute("SELECT file FROM commits")]
+            return [str(name) for (name,) in db.execute("SELECT file FROM commits WHERE file != ''")]
     except sqlite3.DatabaseError as error:
         raise IntegrityError(f"{folder / DATABASE}: cannot be copied ({error})") from error
 

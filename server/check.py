@@ -38,7 +38,7 @@ def check(folder: Path, lock: Lock | None = None) -> Checked:
         said = [str(row[0]) for row in store.rows("PRAGMA integrity_check")]
         wrong += [f"{folder / DATABASE}: {one}" for one in said if one != "ok"]
         found, size = {}, 0
-        for (run,) in store.rows("SELECT run FROM commits ORDER BY run"):
+        for (run,) in store.rows("SELECT run FROM commits WHERE file != '' ORDER BY run"):
             try:
                 found[str(run)], more = _commit(store, folder / CHECKPOINTS, str(run), key)
                 size += more

@@ -193,6 +193,8 @@ class Server:
                     _log.warning("%s", advice)
                 self._try_to_follow()
                 self.federation.renew_if_due(time.time())
+                for run in self.archive.retire():
+                    _log.info("run %s: finished long ago, its checkpoint is removed", run)
                 for site in self.roster.expired():
                     self.site_door.cut(site)
             except ConsortiumError as error:

@@ -235,3 +235,34 @@ def test_kill_9_at_any_moment_leaves_a_whole_commit(archive: Archive, tmp_path: 
         assert [path.name for path in again.folder.iterdir()] == [kept.file]
         assert (again.folder / kept.file).read_bytes() == kept.sha256.encode() * 1000
         assert again.events("breast-cancer.1", 0, 100_000)[-1]["round"] == kept.round
+
+
+def test_old_checkpoints_of_finished_runs_go_and_their_records_stay(tmp_path: Path) -> None:
+    """Thirty days after it finished a run's vectors go; its rounds stay, and all of runs that did not finish."""
+    now = [1e9]
+    store = Store(tmp_path / "db")
+    archive = Archive(store, tmp_path / "checkpoints", lambda: now[0])
+    archive.submit(STUDY)
+    names = [archive.propose(STUDY.name).name for _ in range(3)]
+    for name, state in zip(names, ("finished", "failed", "running"), strict=True):
+        commit(
+            archive,
+            name,
+            2,
+            events=[{"kind": "round", "round": 2, "admitted": {"a": 1.0}, "model": "0" * 64}],
+        )
+        archive.move(name, state)
+    now[0] += 29.9 * 86400
+    assert archive.retire() == []
+    now[0] += 0.2 * 86400
+    assert archive.retire() == [names[0]]
+    assert archive.retire() == []
+    files = {path.name for path in archive.folder.iterdir()}
+    kept = [archive.committed(name) for name in names]
+    assert [one is not None and one.file in files for one in kept] == [False, True, True]
+    assert kept[0] is not None
+    assert kept[0].round == 2
+    assert [event["model"] for event in archive.events(names[0]) if event["kind"] == "round"] == ["0" * 64]
+    Archive(store, tmp_path / "checkpoints")  # the next start
+    assert {path.name for path in archive.folder.iterdir()} == files
+    store.close()
