@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass
 
+from consortium.server.pace import Pace
 from consortium.server.stream import Stream
 
 
@@ -14,6 +15,8 @@ class Caps:
     """What connections may take.
 
     pending, per_address: open connections that are not admitted, in all and of one address (IPv6: of one /64).
+        Sixteen addresses together take fewer than all.
+    rate, burst: connections of one address a second, and at once, that are not admitted: one that is does not count.
     per_peer: open connections of one admitted peer; the oldest that rests gives way to a new one.
     seconds: for handshake and headers together, and for the headers of each later request.
     idle: between two requests. stall: for each 16 KiB of a body to come, and each 64 KiB of an answer to go.
@@ -22,7 +25,9 @@ class Caps:
     """
 
     pending: int = 512
-    per_address: int = 32
+    per_address: int = 31
+    rate: float = 20.0
+    burst: int = 200
     per_peer: int = 8
     seconds: float = 5.0
     idle: float = 60.0
@@ -42,6 +47,7 @@ class Places:
         self._streams: dict[Stream, threading.Thread] = {}
         self._pending: dict[Stream, str] = {}
         self._addresses: Counter[str] = Counter()
+        self._pace = Pace(caps.rate, caps.burst)
         self.cuts = 0
         self.ended = False
 
@@ -58,6 +64,8 @@ class Places:
                 return f"{caps.per_address} connections of its address are open"
             if len(self._pending) >= caps.pending:
                 return f"{caps.pending} connections wait to be admitted"
+            if not self._pace.take(key):
+                return f"its address opens more than {caps.rate:g} connections a second"
             self._streams[stream] = thread
             self._pending[stream] = key
             self._addresses[key] += 1
@@ -91,6 +99,8 @@ class Places:
                 if resting is None:
                     return f"{self._caps.per_peer} connections of {peer} are at work"
                 resting.cut()
+            if stream in self._pending:
+                self._pace.give_back(self._pending[stream])
             self._settle(stream)
             stream.peer = peer
             return ""

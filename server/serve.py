@@ -41,8 +41,8 @@ ENDING = 5.0
 """Seconds that requests under way have when the server ends."""
 FREED = 1.0
 """Seconds that the enrolment door of before, which is closing, has to give its port back."""
-ENROLMENT = Caps(pending=64, per_address=8, seconds=5.0, body_seconds=10.0)
-ADMIN = Caps(pending=64, per_address=64, seconds=5.0, idle=60.0)
+ENROLMENT = Caps(pending=256, per_address=8, seconds=5.0, body_seconds=10.0)
+ADMIN = Caps(pending=512, per_address=31, seconds=5.0, idle=60.0)
 
 _log = logging.getLogger(__name__)
 

@@ -778,6 +778,80 @@ def test_so_many_wait_to_be_admitted_in_all_and_the_admitted_do_not_mind(
         site.close()
 
 
+def test_sixteen_addresses_cannot_keep_all_places(opened: Open, known: Certificates) -> None:
+    """Each of them holds as many connections as it gets, silent, and opens others at once where one ends: a site that
+    comes anew is let in within a second, again and again, and one that is in notices nothing."""
+    door, ended = opened(simple), threading.Event()
+    inside = caller(door, known, "b")
+    assert asked(inside, "GET", "/")[0] == 200
+
+    def hold(address: str) -> None:
+        held: list[socket.socket] = []
+        while not ended.wait(0.05):
+            with contextlib.suppress(OSError):
+                held += [plain(door.port, address) for _ in range(40)]
+            for one in held:
+                one.setblocking(False)
+            held = [one for one in held if open_still(one)]
+        for one in held:
+            one.close()
+
+    crowd = [threading.Thread(target=hold, args=(f"127.0.1.{n}",)) for n in range(1, 17)]
+    for one in crowd:
+        one.start()
+    try:
+        assert soon(lambda: door.connections() > 400)
+        slowest = 0.0
+        for _ in range(20):
+            begun = time.monotonic()
+            with secured(door.port, known.calling("a")) as anew:
+                anew.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert anew.recv(100).startswith(b"HTTP/1.1 200")
+            assert asked(inside, "GET", "/")[0] == 200
+            slowest = max(slowest, time.monotonic() - begun)
+            time.sleep(0.1)
+        assert slowest < 2.0
+    finally:
+        ended.set()
+        for one in crowd:
+            one.join(10)
+    inside.close()
+    assert soon(lambda: door.connections() == 0, 8.0)
+
+
+def open_still(connection: socket.socket) -> bool:
+    """Whether the other side has not closed."""
+    try:
+        return connection.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def test_an_address_opens_so_many_connections_a_second(opened: Open, known: Certificates) -> None:
+    """Of a flood from one address without certificates so many are heard as burst and rate allow; meanwhile a site at
+    another address is served, and one at the same address that is admitted may come as often as it likes."""
+    door = opened(simple, Caps(rate=5.0, burst=20))
+    for _ in range(60):
+        with secured(door.port, known.calling("a"), "127.0.0.2") as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    begun, heard = time.monotonic(), 0
+    for _ in range(200):
+        try:
+            with secured(door.port, known.calling(), "127.0.0.2"):
+                heard += 1  # TLS 1.3: what it lacks is said afterwards
+        except OSError:
+            continue
+    allowed = 20 + 5.0 * (time.monotonic() - begun)
+    assert 15 <= heard <= allowed + 1
+    assert turned_away(door, "127.0.0.2")
+    site = caller(door, known)
+    assert asked(site, "GET", "/")[0] == 200
+    site.close()
+
+
 def test_an_admitted_connection_frees_its_place(opened: Open, known: Certificates) -> None:
     """Connections of admitted peers do not count against their address (many sites may share one)."""
     door = opened(simple, Caps(per_address=2, pending=2))
