@@ -94,7 +94,7 @@ class Home:
 
     def lock(self, environment: Mapping[str, str] = os.environ) -> Lock:
         """What the private keys are encrypted under: the key file of the configuration, else a passphrase."""
-        return keys.lock_from(self.config.key_file, environment)
+        return keys.lock_from(self.config.key_file, self.folder, environment)
 
     @property
     def root(self) -> x509.Certificate:

@@ -84,7 +84,7 @@ def join(
         if lock is None and config.key_file:
             lock = credentials.lock_at(Path(config.key_file))
         elif lock is None:
-            lock = keys.passphrase(environment, new=not home.identity_file.exists())
+            lock = keys.passphrase(home.folder, environment, new=not home.identity_file.exists())
         mark = hashlib.sha256(read.text().encode()).hexdigest()
         if not (home.joined and _mark(home) == mark):
             configuration.write(home.config_file, config)
@@ -130,7 +130,7 @@ def _config(
         chosen = there.key_file
         proxy = there.proxy if proxy is None else proxy
     elif home.folder.exists() and (
-        not home.folder.is_dir() or any(not one.name.startswith(".") for one in home.folder.iterdir())
+        not home.folder.is_dir() or any(keys.counts(one) for one in home.folder.iterdir())
     ):
         raise InputError(f"{home.folder}: is not empty; give a new or empty folder")
     elif use_passphrase:

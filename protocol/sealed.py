@@ -67,18 +67,32 @@ def data_key(path: Path, lock: Lock, *, make: bool = True) -> DataKey:
         InputError: the file is missing or cannot be read.
         IntegrityError: it is damaged, or the lock is not its.
     """
-    wrapping = DataKey(hashlib.sha256(_WRAPPING + lock.secret).digest())
     if make and not path.exists():
         key = new_data_key()
-        write_private(path, b"".join(map(bytes, sealing([key.secret], wrapping))))
+        _wrap(path, key, lock)
         return key
     try:
-        return DataKey(bytes(read(path, wrapping)))
+        try:
+            return DataKey(bytes(read(path, _wrapping(lock.secret))))
+        except IntegrityError:
+            if not lock.former:
+                raise
+            key = DataKey(bytes(read(path, _wrapping(lock.former))))
+            _wrap(path, key, lock)  # it is of an earlier version
+            return key
     except IntegrityError as error:
         raise IntegrityError(
             f"{path}: cannot be opened; the key file or passphrase is not the one that it was written with, or it is "
             "damaged: restore it from a backup"
         ) from error
+
+
+def _wrapping(secret: bytes) -> DataKey:
+    return DataKey(hashlib.sha256(_WRAPPING + secret).digest())
+
+
+def _wrap(path: Path, key: DataKey, lock: Lock) -> None:
+    write_private(path, b"".join(map(bytes, sealing([key.secret], _wrapping(lock.secret)))))
 
 
 def sealed_file(path: Path) -> bool:

@@ -129,7 +129,7 @@ class Federation:
                     f"interrupted, type again: consortium server init --dir {folder} --name {config.name} "
                     f"--host {config.host}"
                 )
-        return Federation(folder, config, lock or keys.lock_from(config.key_file))
+        return Federation(folder, config, lock or keys.lock_from(config.key_file, folder))
 
     def _load(self) -> None:
         """Read the files, and check that they belong together."""

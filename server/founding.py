@@ -58,7 +58,9 @@ def found(
     private_folder(folder)
     with alone(folder):
         fresh = not (folder / ROOT_KEY).exists() and not (folder / ROOT).exists()
-        lock = credentials.lock_at(Path(chosen)) if chosen else keys.passphrase(environment, new=fresh)
+        lock = (
+            credentials.lock_at(Path(chosen)) if chosen else keys.passphrase(folder, environment, new=fresh)
+        )
         if not (folder / CONFIG).exists():
             configuration.write(folder / CONFIG, wanted)
         _make(folder, wanted, lock, now)
@@ -99,7 +101,7 @@ def _check_place(folder: Path, wanted: Config) -> None:
             raise InputError(
                 f"{folder}: holds the root of federation '{name}'; give another folder, or that name"
             )
-    elif not (folder / ROOT_KEY).exists() and any(not one.name.startswith(".") for one in folder.iterdir()):
+    elif not (folder / ROOT_KEY).exists() and any(keys.counts(one) for one in folder.iterdir()):
         raise InputError(f"{folder}: is not empty; give a new or empty folder")
 
 

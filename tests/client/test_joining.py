@@ -351,7 +351,7 @@ def test_a_passphrase_and_another_key_file(one: Doors, tmp_path: Path) -> None:
     code = one.code("hospital-1")
     home = join(code, tmp_path / "a", use_passphrase=True, environment=environment).home
     assert home.config.key_file == ""
-    assert home.lock(environment) == keys.passphrase(environment)
+    assert home.lock(environment) == keys.passphrase(home.folder, environment)
     assert not (tmp_path / "a.key").exists()
     with pytest.raises(InputError, match="key_file is ''"):
         join(code, tmp_path / "a", key_file=tmp_path / "k", environment=environment)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from consortium.protocol import files, keys, signing, wire
 from consortium.protocol.errors import InputError, IntegrityError
 from consortium.protocol.messages import MAX_HEADER
+from consortium.protocol.sealed import data_key
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 
@@ -48,17 +50,77 @@ def test_a_key_of_another_kind_is_named(tmp_path: Path) -> None:
         keys.load_ed25519(tmp_path / "tls.key", lock)
 
 
-def test_a_passphrase_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+PHRASE = {keys.PASSPHRASE: "correct horse battery"}
+
+
+def test_each_folder_has_a_salt_of_its_own(tmp_path: Path) -> None:
+    """The same passphrase is another secret elsewhere; a salt that is damaged or of a later format is said so and stays
+    as it is."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    one, other = (keys.passphrase(folder, PHRASE).secret for folder in folders)
+    assert one != other
+    assert one == keys.passphrase(folders[0], PHRASE).secret
+    assert [path.name for path in folders[0].iterdir()] == [keys.SALT]
+    salt = folders[0] / keys.SALT
+    assert salt.stat().st_mode & 0o777 == 0o600
+    for text in ("", '{"format": 3, "salt": "00"}', '{"format": 2, "salt": "00"}', "[]"):
+        salt.write_text(text)
+        with pytest.raises(InputError, match=r"passphrase\.salt: is damaged"):
+            keys.passphrase(folders[0], PHRASE)
+        assert salt.read_text() == text
+
+
+def former_lock() -> keys.Lock:
+    """What version 1 made of the passphrase: one salt for all."""
+    secret = Scrypt(b"consortium passphrase 1", 32, n=1 << 16, r=8, p=1).derive(
+        PHRASE[keys.PASSPHRASE].encode()
+    )
+    return keys.Lock(secret.hex().encode())
+
+
+def test_what_an_earlier_version_wrote_is_opened_and_written_anew(tmp_path: Path) -> None:
+    """A key, a key with its certificates, and a data key: the same comes out, afterwards the former secret opens none
+    of them, and what stood behind the key stands there still. Another passphrase opens and changes nothing."""
+    former, key = former_lock(), ec.generate_private_key(ec.SECP256R1())
+    identity, tls, data = (tmp_path / name for name in ("identity.key", "tls.pem", "data.key"))
+    keys.save_key(identity, KEY, former)
+    keys.save_key(tls, key, former)
+    tls.write_bytes(tls.read_bytes() + b"a certificate\n")
+    made = data_key(data, former)
+    before = {path: path.read_bytes() for path in (identity, tls, data)}
+    wrong = keys.passphrase(tmp_path, {keys.PASSPHRASE: "correct horse batterz"})
+    for path in (identity, tls):
+        with pytest.raises(InputError, match="cannot be decrypted"):
+            keys.load_key(path, wrong)
+    with pytest.raises(IntegrityError, match="cannot be opened"):
+        data_key(data, wrong)
+    assert {path: path.read_bytes() for path in before} == before
+    for _ in range(2):
+        lock = keys.passphrase(tmp_path, PHRASE)
+        assert keys.load_ed25519(identity, lock).private_bytes_raw() == KEY.private_bytes_raw()
+        assert keys.load_ec(tls, lock).private_numbers() == key.private_numbers()
+        assert data_key(data, lock).secret == made.secret
+    assert tls.read_bytes().endswith(b"-----END ENCRYPTED PRIVATE KEY-----\na certificate\n")
+    for path in (identity, tls):
+        with pytest.raises(InputError, match="cannot be decrypted"):
+            keys.load_key(path, former)
+    with pytest.raises(IntegrityError, match="cannot be opened"):
+        data_key(data, former)
+
+
+def test_a_passphrase_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is stretched, the same each time; a short new one and none at all are refused with what to do."""
-    one = keys.passphrase({keys.PASSPHRASE: "correct horse battery"}).secret
-    assert one == keys.passphrase({keys.PASSPHRASE: "correct horse battery"}).secret
+    one = keys.passphrase(tmp_path, {keys.PASSPHRASE: "correct horse battery"}).secret
+    assert one == keys.passphrase(tmp_path, {keys.PASSPHRASE: "correct horse battery"}).secret
     assert b"horse" not in one
-    assert one != keys.passphrase({keys.PASSPHRASE: "correct horse batterz"}).secret
+    assert one != keys.passphrase(tmp_path, {keys.PASSPHRASE: "correct horse batterz"}).secret
     with pytest.raises(InputError, match="at least 12"):
-        keys.passphrase({keys.PASSPHRASE: "short"}, new=True)
+        keys.passphrase(tmp_path, {keys.PASSPHRASE: "short"}, new=True)
     monkeypatch.setattr("sys.stdin", Path(os.devnull).open())  # noqa: SIM115 - closed with the process
     with pytest.raises(InputError, match=keys.PASSPHRASE):
-        keys.passphrase({})
+        keys.passphrase(tmp_path, {})
 
 
 def test_a_lock_does_not_show_its_secret() -> None:

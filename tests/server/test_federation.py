@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from consortium.protocol import credentials, files, keys, trust
+from consortium.protocol import credentials, files, keys, sealed, trust
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.signing import raw
 from consortium.server import founding, pki
@@ -241,9 +241,45 @@ def test_a_passphrase(folder: Path) -> None:
     made = make(folder, use_passphrase=True, environment=right)
     assert made.config.key_file == ""
     assert not folder.with_name("fed.key").exists()
-    assert Federation.open(folder, keys.passphrase(right)).root_fingerprint == made.root_fingerprint
+    assert Federation.open(folder, keys.passphrase(folder, right)).root_fingerprint == made.root_fingerprint
     with pytest.raises(InputError, match="cannot be decrypted"):
-        Federation.open(folder, keys.passphrase({"CONSORTIUM_PASSPHRASE": "wrong horse battery"}))
+        Federation.open(folder, keys.passphrase(folder, {"CONSORTIUM_PASSPHRASE": "wrong horse battery"}))
+
+
+def test_a_federation_of_an_earlier_version_is_opened_by_its_passphrase(folder: Path) -> None:
+    """Its keys are under the salt of before: all are taken over, one after the other; root.key, which was elsewhere,
+    when it is put back to rotate."""
+    right = {"CONSORTIUM_PASSPHRASE": "correct horse battery"}
+    made = make(folder, use_passphrase=True, environment=right)
+    lock = keys.passphrase(folder, right)
+    former = keys.Lock(lock.former)
+    for file in ("root.key", "instruction.key"):
+        keys.save_key(folder / file, keys.load_key(folder / file, lock), former)
+    for file in ("issuing.pem", "server.pem"):
+        credentials.save(folder / file, *credentials.load(folder / file, lock), former)
+    data = made.data_key().secret
+    (folder / "data.key").write_bytes(rewrapped(made, former))
+    (folder / keys.SALT).unlink()
+    kept = folder.with_name("root.key")
+    (folder / "root.key").rename(kept)
+    for _ in range(2):
+        opened = Federation.open(folder, keys.passphrase(folder, right))
+        assert opened.root_fingerprint == made.root_fingerprint
+        assert opened.data_key().secret == data
+        opened.site_context()
+    kept.rename(folder / "root.key")
+    opened.rotate(NOW)
+    with pytest.raises(InputError, match="cannot be decrypted"):
+        Federation.open(folder, former)
+    with pytest.raises(InputError, match="cannot be decrypted"):
+        keys.load_key(folder / "root.key", former)
+
+
+def rewrapped(made: Federation, lock: keys.Lock) -> bytes:
+    """A federation's data key, wrapped under another lock."""
+    elsewhere = made.folder.with_name("elsewhere")
+    sealed._wrap(elsewhere, made.data_key(), lock)
+    return elsewhere.read_bytes()
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
