@@ -214,7 +214,7 @@ def restore(backup: Path, folder: Path, key_file: Path | None = None, now: float
         try:
             said, digests = _extracted(backup, partial)
             config = _config(partial, folder, key_file)
-            lock = keys.lock_from(config.key_file)
+            lock = keys.lock_from(config.key_file, partial)
             about = _verified(backup, said, digests, data_key(partial / DATA_KEY, lock, make=False))
             epoch = max(int(about["epoch"]) + 1, int(started))
             write_private(partial / EPOCH_FILE, json.dumps({"format": 1, "epoch": epoch}).encode())
