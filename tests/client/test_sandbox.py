@@ -95,6 +95,7 @@ class Site:
             "source": source,
             "state": str(self.folder / "state"),
             "key": "11" * 32,
+            "epoch": 0,
         }
         places: dict[str, object] = {
             "memory": 1 << 30,
@@ -174,6 +175,7 @@ FORBIDDEN: dict[str, str] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", list(FORBIDDEN))
 def test_what_no_computation_needs_ends_the_process_at_a_site_and_is_logged(site: Site, what: str) -> None:
     """Also where the code catches every exception, as it does here."""
@@ -215,6 +217,7 @@ DENIED: dict[str, str] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", list(DENIED))
 def test_files_that_are_not_its_own_are_closed_to_it_at_a_site(site: Site, what: str) -> None:
     """The attempt fails in the code, which then cannot answer; the site's log says what was tried, and where."""
@@ -388,6 +391,7 @@ ANSWERS: dict[str, tuple[str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", list(ANSWERS))
 def test_what_it_says_in_the_workers_place_is_bounded_and_never_unpickled(site: Site, what: str) -> None:
     """The code speaks over the worker's own socket."""
