@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from consortium.client.data_cli import data
+from consortium.client.ledger_cli import ledger
 from consortium.client.options import Folder, Json, home_in
 from consortium.client.review_cli import approve, reject, review
 
@@ -24,6 +25,7 @@ client = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 client.add_typer(data, name="data")
+client.add_typer(ledger, name="ledger")
 for command in (review, approve, reject):
     client.command()(command)
 

@@ -59,6 +59,8 @@ class Home:
         self.trust_file = self.folder / "trust.json"
         self.policy_file = self.folder / "policy.toml"
         self.data_file = self.folder / "data.toml"
+        self.ledger_file = self.folder / "ledger.jsonl"
+        self.witness_file = self.folder / "ledger.witness.json"
         self.state = self.folder / "state"
         self.seen_file = self.folder / "seen.json"
         self.spool = self.folder / "spool"

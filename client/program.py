@@ -17,6 +17,7 @@ from typing import Any
 from consortium.client import policy
 from consortium.client.agent import Agent
 from consortium.client.approvals import Approvals
+from consortium.client.charges import Charges
 from consortium.client.control import Control
 from consortium.client.datasets import Datasets
 from consortium.client.home import Home
@@ -52,10 +53,11 @@ def run(home: Home) -> None:
             signal.signal(number, lambda *_: ended.set())
         key, approvals = home.identity(lock), Approvals(home)
         approvals.entries(key.public_key())
+        charges = Charges(home, lock, lambda: home.connection(lock))
         agent = Agent(
             home,
             lock,
-            SiteWork(home, home.data_key(lock), approvals, key.public_key()),
+            SiteWork(home, home.data_key(lock), approvals, key.public_key(), charges.charge),
             renew=renew,
             studies=lambda connection: follow(connection, home, key, approvals, time.time()),
         )

@@ -76,6 +76,9 @@ class Answered:
         return os.fstat(self.content.fileno()).st_size
 
 
+Charge = Callable[[Instruction, Study, str], None]
+
+
 class Interrupted(ConsortiumError):  # noqa: N818 - it is what happened, not a mistake
     """The work was ended by `Work.interrupt`, `Work.end` or `Work.stop`."""
 
@@ -121,11 +124,17 @@ class _Warm:
 
 
 class SiteWork:
-    """The real work of a site. key: what it keeps is encrypted under."""
+    """The real work of a site.
 
-    def __init__(self, home: Home, key: DataKey, approvals: Approvals, public: Ed25519PublicKey) -> None:
+    key: what it keeps is encrypted under. charge: charges what an instruction asks to compute over a data set, before
+    it is computed; raises RefusedError where the site does not.
+    """
+
+    def __init__(
+        self, home: Home, key: DataKey, approvals: Approvals, public: Ed25519PublicKey, charge: Charge
+    ) -> None:
         self._home, self._key, self._data = home, key, Datasets(home)
-        self._approvals, self._public = approvals, public
+        self._approvals, self._public, self._charge = approvals, public, charge
         self._snapshots = Snapshots(home.config.site, home.spool)
         self._lock = threading.Lock()
         self._warm: OrderedDict[str, _Warm] = OrderedDict()
@@ -139,6 +148,7 @@ class SiteWork:
         with self._lock:
             self._doing, halts = run, self._halted(run)
         data, unconfined = self._allowed(given)
+        self._charge(given.about, given.study, data.name)
         for death in range(1, DEATHS + 1):
             process = self._worker(given, data, unconfined, halts)
             try:

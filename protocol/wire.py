@@ -16,6 +16,7 @@ whole. It is verified before the header is parsed; the content is hashed while i
     GET  /v1/proposals        the submitted studies, and the last decision of this site that the server knows
     POST /v1/approvals        {"entries"}: this site's decisions that the server does not know yet (client/approvals.py)
     POST /v1/renew            {"csr"}; a new certificate
+    POST /v1/ledger           {"head"} of the site's privacy ledger; the highest that the server has seen, countersigned
     POST /v1/leave            {}; the site leaves the federation
 
 The enrolment door has GET /v1/root and POST /v1/join. An error is {"error": text} with a 4xx or 5xx.
@@ -33,6 +34,7 @@ from consortium.protocol.messages import MAX_HEADER
 from consortium.protocol.signing import SIGNATURE_BYTES
 
 FORMAT = 1
+LEDGER = "/v1/ledger"
 POLL, ANSWERS, STUDIES, TRUST, EPOCH, RENEW, LEAVE, PROPOSALS, APPROVALS = (
     "/v1/poll", "/v1/answers/", "/v1/studies/", "/v1/trust", "/v1/epoch/", "/v1/renew", "/v1/leave", "/v1/proposals",
     "/v1/approvals",

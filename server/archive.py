@@ -84,7 +84,8 @@ class Archive:
         clock: Callable[[], float] = time.time,
         key: DataKey | None = None,
     ) -> None:
-        self._store, self._clock = store, clock
+        self.store = self._store = store
+        self._clock = clock
         self._key = key or new_data_key()
         self._news = threading.Condition()
         self.folder = private_folder(folder)

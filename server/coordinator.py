@@ -82,7 +82,7 @@ def run(
         commits.commit(state)  #                                           commit
         _tell(report, before, state)
         known = standings(state.rounds[len(before.rounds) :], plan.failures, known)
-        if state.attempt and not _again(clients, state, rest):
+        if state.attempt and not _again(plan, clients, state, rest):
             break
     if state.round:
         before = state
@@ -122,8 +122,11 @@ def _select(plan: Plan, clients: Clients, state: RunState, known: Standings, rng
     return Cohort(sorted([*chosen, *more]), len(chosen), resting)
 
 
-def _again(clients: Clients, state: RunState, rest: Rest) -> bool:
+def _again(plan: Plan, clients: Clients, state: RunState, rest: Rest) -> bool:
     """After a void attempt: whether there is another, now that time has passed, or sites are at hand."""
+    left = set(clients.sites()) - tally.over_budget(state.rounds)
+    if len(left) < max(plan.study.cohort.min_sites, plan.strategy.reducer.minimum) <= len(clients.sites()):
+        return False  # no waiting brings a budget back
     if state.attempt % ATTEMPTS == 0:
         return clients.wait(_missing(clients, state))
     rest(min(LONGEST_REST, 2.0 ** (state.attempt - 1)))

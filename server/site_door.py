@@ -16,11 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from consortium.privacy.ledger import ledger_name
 from consortium.protocol import endings, epoch, wire
+from consortium.protocol.chain import Head
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.messages import Header, parse
 from consortium.protocol.signing import ANSWER, public_key, verify
 from consortium.protocol.wire import CHUNK
+from consortium.server import ledger_heads
 from consortium.server.approvals import Approvals
 from consortium.server.archive import Archive
 from consortium.server.endings import news as endings_of
@@ -78,6 +81,7 @@ class SiteDoor:
             ("GET", wire.PROPOSALS, self._proposals),
             ("POST", wire.APPROVALS, self._decided),
             ("POST", wire.RENEW, self._renew),
+            ("POST", wire.LEDGER, self._ledger),
             ("POST", wire.LEAVE, self._leave),
         ]
 
@@ -246,6 +250,14 @@ class SiteDoor:
         chain = self._federation.issue(self._roster, site, csr)
         _log.info("site %s: its certificate is renewed", site)
         return json_response({"chain": chain})
+
+    def _ledger(self, request: Request, site: str) -> Response:
+        """Keep the head of the site's privacy ledger; the highest that it ever showed, countersigned."""
+        head = Head.parse(wire.field(_document(request), "head", str))
+        federation, identity = self._federation, public_key(self._roster.identity(site))
+        name = ledger_name(federation.config.name, site, identity)
+        witness = ledger_heads.countersigned(self._archive.store, federation.instruction_key, name, head)
+        return json_response({"head": witness.head.text, "signature": witness.signature})
 
     def _leave(self, request: Request, site: str) -> Response:
         self._roster.leave(site)

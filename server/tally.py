@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from consortium.privacy.ledger import OVER
 from consortium.privacy.mechanisms import Mechanism
 from consortium.protocol import metrics
 from consortium.protocol.messages import Answer, Statistics, sum_statistics
@@ -204,6 +205,14 @@ def releases(rounds: Sequence[Round], mechanism: Mechanism | None) -> dict[str, 
         for site in () if central and record.void else record.admitted if central else record.asked:
             counts[site] = counts.get(site, 0) + 1
     return counts
+
+
+def over_budget(rounds: Sequence[Round]) -> set[str]:
+    """The sites that declined for their privacy budget when they were last heard."""
+    last: dict[str, str] = {}
+    for record in rounds:
+        last |= dict.fromkeys(record.admitted, "") | dict(record.left_out)
+    return {site for site, reason in last.items() if reason.startswith(f"declined: {OVER}")}
 
 
 def better(metric: str, one: Evaluation, other: Evaluation | None) -> bool:

@@ -24,11 +24,14 @@ from consortium.client.datasets import Datasets
 from consortium.client.home import Home
 from consortium.client.joining import join
 from consortium.client.work import Answered, Given
+from consortium.privacy.ledger import ledger_name
 from consortium.protocol import endings, wire
+from consortium.protocol.chain import Head
 from consortium.protocol.joincode import JoinCode
 from consortium.protocol.messages import Answer, Instruction, Payload, decode, encode
 from consortium.protocol.signing import ANSWER, INSTRUCTION, public_key, sign, verify
 from consortium.protocol.study import Study
+from consortium.server import ledger_heads
 from consortium.server.enrolment import Enrolment
 from consortium.server.federation import Federation
 from consortium.server.listener import Caps, Listener, Request, Response, error_response, json_response
@@ -190,6 +193,11 @@ class World:
         if request.path == wire.TRUST:
             self.trusts += 1
             return json_response(self.federation.trust())
+        if request.path == wire.LEDGER:
+            head = Head.parse(json.loads(request.read(wire.MAX_DOCUMENT))["head"])
+            name = ledger_name("lung", SITE, public_key(self.roster.identity(SITE)))
+            seen = ledger_heads.countersigned(self._store, self.key, name, head)
+            return json_response({"head": seen.head.text, "signature": seen.signature})
         if request.path == wire.RENEW:
             csr = json.loads(request.read(wire.MAX_DOCUMENT))["csr"]
             return json_response({"chain": self.federation.issue(self.roster, SITE, csr)})

@@ -1,0 +1,141 @@
+"""The site's charges: its ledger, and the heads of it that the server has seen.
+
+Before a round is computed its charge is in the ledger, and the server has countersigned the ledger's head. The server
+keeps the highest head that it was shown and gives it back, so a site whose ledger is an older copy, or another history,
+finds that out before it spends anything. What was countersigned last is kept beside the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from consortium.client.home import Home
+from consortium.privacy.ledger import Ledger, Question, charge_of, ledger_name
+from consortium.privacy.mechanisms import mechanism_of
+from consortium.protocol import wire
+from consortium.protocol.chain import Head, Witness, check_witness
+from consortium.protocol.connection import Connection
+from consortium.protocol.errors import IntegrityError
+from consortium.protocol.files import write_private
+from consortium.protocol.keys import Lock
+from consortium.protocol.messages import Instruction
+from consortium.protocol.study import Study
+from consortium.protocol.trust import Trust
+
+_log = logging.getLogger("consortium.agent")
+
+
+def ledger_in(home: Home, lock: Lock) -> Ledger:
+    """The site's ledger.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
+    key, config = home.identity(lock), home.config
+    return Ledger(home.ledger_file, ledger_name(config.federation, config.site, key.public_key()), key)
+
+
+class Charges:
+    """Charges what the site computes; for one thread. connect: a new connection to the site door."""
+
+    def __init__(
+        self,
+        home: Home,
+        lock: Lock,
+        connect: Callable[[], Connection],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._home, self._connect, self._clock = home, connect, clock
+        self._ledger = ledger_in(home, lock)
+        self._shown: Head | None = None
+
+    def charge(self, about: Instruction, study: Study, data: str) -> None:
+        """Charge what an instruction asks to compute over a data set, unless it was charged before.
+
+        Raises:
+            RefusedError: a budget would be passed.
+            IntegrityError: the ledger is damaged, or not what the server has seen.
+            ConsortiumError: the server cannot be asked for its countersignature.
+        """
+        mechanism = mechanism_of(study)
+        if about.kind != "train" and mechanism is not None:
+            return  # counts of held-out rows: declared, not covered (docs/privacy.md)
+        if self._shown is None:
+            self._show()
+        question = Question(about.run, about.round, about.attempt, about.model)
+        charged = self._ledger.charge(
+            charge_of(data, question, about.study, mechanism), study.rounds, self._clock()
+        )
+        if charged or self._shown != self._ledger.head:
+            self._show()
+
+    def _show(self) -> None:
+        connection = self._connect()
+        try:
+            self._shown = show(self._home, self._ledger, connection)
+        finally:
+            connection.close()
+
+
+def show(home: Home, ledger: Ledger, connection: Connection) -> Head:
+    """Show the server the ledger's head; its countersignature is kept, and the head returned.
+
+    Raises:
+        IntegrityError: the server has seen entries that are not in this ledger, or its answer is not signed.
+        ConsortiumError: it cannot be reached.
+    """
+    head = ledger.head
+    said = connection.request("POST", wire.LEDGER, {"format": wire.FORMAT, "head": head.text})
+    document = said.document()
+    witness = Witness(Head.parse(wire.field(document, "head", str)), wire.field(document, "signature", str))
+    _signed(home.trust(), ledger.name, witness)
+    if not ledger.contains(witness.head):
+        raise IntegrityError(
+            f"{home.ledger_file}: the server has seen entry {witness.head.sequence}, which is not in this ledger: an "
+            "older copy was put back, or it was rewritten. Nothing is spent until the newest copy is back in its place"
+        )
+    write_private(
+        home.witness_file, json.dumps({"head": witness.head.text, "signature": witness.signature}).encode()
+    )
+    return head
+
+
+def checked(home: Home, ledger: Ledger) -> Head:
+    """The head of the ledger, once all of it was checked, against what was last countersigned too.
+
+    Raises:
+        IntegrityError: naming the entry that is not as it was written, or is missing.
+    """
+    held = witness_in(home, ledger.name)
+    return ledger.verify([held.head] if held else [])
+
+
+def witness_in(home: Home, name: str) -> Witness | None:
+    """What the server countersigned last; None where nothing was yet.
+
+    Raises:
+        IntegrityError: it is damaged, or not signed by the server.
+    """
+    try:
+        document: Mapping[str, Any] = json.loads(home.witness_file.read_bytes())
+        witness = Witness(Head.parse(document["head"]), str(document["signature"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{home.witness_file}: is damaged; restore it from a backup") from error
+    _signed(home.trust(), name, witness)
+    return witness
+
+
+def _signed(trust: Trust, name: str, witness: Witness) -> None:
+    for key in trust.keys:
+        try:
+            check_witness(key, name, witness)
+        except IntegrityError:
+            continue
+        return
+    raise IntegrityError("ledger: its head is not countersigned by a key of the trust statement")

@@ -1,0 +1,263 @@
+"""A site's privacy ledger: what each data set has spent, in a log that only grows and shows what was done to it.
+
+Kinds of entries, over `protocol/chain.py`:
+
+    charge      one release that is about to be computed; the entry comes first
+    unbounded   a run without a mechanism, over a data set: nothing bounds it any more
+    budget      what the operator allows a data set to spend, in place of what was allowed before
+
+Entries hold releases, not epsilons: epsilon is derived, per unit and at a delta, so that a better accountant, or
+another delta, needs no other ledger. A data set is named by the operator: the same records under two
+names are two accounts, so give them one name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from consortium.privacy.accounting import Guarantee, Relation, Release, Unit, spent
+from consortium.privacy.mechanisms import Mechanism
+from consortium.protocol.chain import Chain, Entry, Head, verify
+from consortium.protocol.errors import InputError, IntegrityError, RefusedError
+from consortium.protocol.signing import fingerprint
+
+OVER = "privacy budget"
+"""How the reason begins with which a site declines what would pass a budget."""
+RELATIONS: dict[Unit, Relation] = {
+    "record": "add or remove one",
+    "person": "add or remove one",
+    "site": "replace one",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a site is asked: the same question again is answered by the same bytes, and costs nothing."""
+
+    run: str
+    round: int
+    attempt: int
+    model: str
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One release of a data set. release: None for a run without a mechanism."""
+
+    data: str
+    question: Question
+    study: str
+    unit: Unit
+    mechanism: str
+    release: Release | None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a data set may spend, of one unit.
+
+    Raises:
+        InputError: a number is out of range.
+    """
+
+    epsilon: float
+    delta: float
+    unit: Unit
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epsilon < math.inf:
+            raise InputError(f"epsilon: got {self.epsilon}; a number above 0 would be right")
+        if not 0 < self.delta < 1:
+            raise InputError(
+                f"delta: got {self.delta}; a number between 0 and 1, such as 1e-5, would be right"
+            )
+
+
+@dataclass(frozen=True)
+class Account:
+    """What is known of one data set. charges: in the order in which they were made."""
+
+    data: str
+    charges: tuple[Charge, ...] = ()
+    budget: Budget | None = None
+
+    @property
+    def unbounded(self) -> tuple[str, ...]:
+        """Runs without a mechanism that computed on it."""
+        return tuple(dict.fromkeys(one.question.run for one in self.charges if one.release is None))
+
+    def spent(self, unit: Unit, delta: float, more: Sequence[Charge] = ()) -> Guarantee:
+        """What one unit of it has spent, in all studies together, with `more` on top."""
+        releases = [seen_by(unit, charge) for charge in (*self.charges, *more)]
+        return spent(releases, delta, unit, RELATIONS[unit])
+
+
+def seen_by(unit: Unit, charge: Charge) -> Release:
+    """What a charge releases of another unit than its own: always as much or more, never less.
+
+    Of a larger unit nothing is bounded: one person may have every record. Of a smaller one: to change a part of a unit
+    is to replace the unit, which moves a sum by up to twice what its removal does; and that it is drawn with the rest
+    of the unit is not counted in its favour.
+    """
+    order = ("record", "person", "site")
+    if charge.release is None or order.index(charge.unit) < order.index(unit):
+        return Release(0.0)
+    if charge.unit == unit and not (unit == "site" and charge.mechanism == "central-gaussian"):
+        return charge.release
+    factor = 1.0 if charge.mechanism == "local-gaussian" else 0.5
+    return Release(charge.release.noise_multiplier * factor, 1.0, charge.release.count)
+
+
+def ledger_name(federation: str, site: str, identity: Ed25519PublicKey) -> str:
+    """The name of a site's ledger: of one federation, and of the identity that the site joined with."""
+    return f"ledger {federation} {site} {fingerprint(identity)}"
+
+
+class Ledger:
+    """The ledger of one site, in the file at `path`; for one process at a time that charges.
+
+    Raises:
+        IntegrityError: it is damaged; the entry is named.
+    """
+
+    def __init__(
+        self, path: Path, name: str, key: Ed25519PrivateKey, earlier: Sequence[Ed25519PublicKey] = ()
+    ) -> None:
+        self._chain = Chain(path, name, key, earlier)
+        self.path, self.name, self.keys = path, name, (key.public_key(), *earlier)
+
+    @property
+    def head(self) -> Head:
+        """As of the last entry that was read or made here."""
+        return self._chain.head
+
+    def verify(self, witnessed: Sequence[Head] = ()) -> Head:
+        """Its head, once everything was checked, and that it contains each head in `witnessed`.
+
+        Raises:
+            IntegrityError: naming the entry that is not as it was written, or is missing.
+        """
+        return verify(self.path, self.name, self.keys, witnessed)
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries, in order."""
+        return self._chain.entries()
+
+    def contains(self, head: Head) -> bool:
+        """Whether the ledger once ended with this head."""
+        if head.sequence == 0:
+            return True
+        return any(entry.head == head for entry in self._chain.entries(head.sequence - 1))
+
+    def accounts(self) -> dict[str, Account]:
+        """What is known of each data set, by name."""
+        return accounts(self._chain.entries())
+
+    def allow(self, data: str, budget: Budget, at: float) -> None:
+        """From now on `data` may spend `budget`, what it has spent before included."""
+        body = {"data": data, "epsilon": budget.epsilon, "delta": budget.delta, "unit": budget.unit}
+        self._chain.append("budget", body, at)
+
+    def charge(self, charge: Charge, rounds: int, at: float) -> bool:
+        """Charge a release before it is computed; False where this very question was charged before.
+
+        rounds: of the study, which never releases more often than its epsilon was calibrated for.
+
+        Raises:
+            RefusedError: the data set's budget, or the study's own epsilon, would be passed. Nothing is charged.
+            IntegrityError: the file is not what it was.
+            OSError: it cannot be written. Nothing may be computed.
+        """
+        account = self.accounts().get(charge.data, Account(charge.data))
+        same_run = [one for one in account.charges if one.question.run == charge.question.run]
+        if charge.release is None and same_run:
+            return False
+        if any(one.question == charge.question for one in same_run):
+            return False
+        _check(account, charge, len(same_run), rounds)
+        kind = "unbounded" if charge.release is None else "charge"
+        self._chain.append(kind, _body(charge), at)
+        return True
+
+
+def _check(account: Account, charge: Charge, before: int, rounds: int) -> None:
+    budget = account.budget
+    if charge.release is None:
+        if budget is not None:
+            raise RefusedError(
+                f"{OVER}: the study asks for no differential privacy, and the site's data have a budget, which "
+                "nothing bounds then"
+            )
+        return
+    if before >= rounds:
+        raise RefusedError(
+            f"{OVER}: the study's own epsilon is for {rounds} releases, and this site has made them: rounds were "
+            "asked again"
+        )
+    if budget is None:
+        return
+    after = account.spent(budget.unit, budget.delta, [charge])
+    if after.epsilon > budget.epsilon:
+        shown = "infinite" if math.isinf(after.epsilon) else f"{after.epsilon:.3f}"
+        raise RefusedError(
+            f"{OVER}: this round would bring epsilon to {shown} at delta {budget.delta:g} per {budget.unit} "
+            f"({after.sampling}), and the site's budget is {budget.epsilon:g}"
+        )
+
+
+def charge_of(data: str, question: Question, study: str, mechanism: Mechanism | None) -> Charge:
+    """What one round of a study charges."""
+    if mechanism is None:
+        return Charge(data, question, study, "record", "none", None)
+    return Charge(data, question, study, mechanism.unit, mechanism.name, mechanism.release())
+
+
+def accounts(entries: Iterable[Entry]) -> dict[str, Account]:
+    """Accounts from a ledger's entries.
+
+    Raises:
+        IntegrityError: an entry is none of a ledger.
+    """
+    charges: dict[str, list[Charge]] = {}
+    budgets: dict[str, Budget] = {}
+    for entry in entries:
+        try:
+            data = str(entry.body["data"])
+            charges.setdefault(data, [])
+            if entry.kind == "budget":
+                budgets[data] = Budget(entry.body["epsilon"], entry.body["delta"], entry.body["unit"])
+            elif entry.kind in ("charge", "unbounded"):
+                charges[data].append(_charge(entry))
+            else:
+                raise IntegrityError(
+                    f"ledger: entry {entry.sequence} is of a kind that this version does not know"
+                )
+        except (KeyError, TypeError, InputError) as error:
+            raise IntegrityError(f"ledger: entry {entry.sequence} is none of a ledger") from error
+    return {data: Account(data, tuple(made), budgets.get(data)) for data, made in charges.items()}
+
+
+def _body(charge: Charge) -> dict[str, Any]:
+    question, release = charge.question, charge.release
+    body: dict[str, Any] = {
+        "data": charge.data, "run": question.run, "round": question.round, "attempt": question.attempt,
+        "model": question.model, "study": charge.study, "unit": charge.unit, "mechanism": charge.mechanism,
+    }  # fmt: skip
+    if release is not None:
+        body |= {"noise_multiplier": release.noise_multiplier, "rate": release.rate, "count": release.count}
+    return body
+
+
+def _charge(entry: Entry) -> Charge:
+    body = entry.body
+    release = None
+    if entry.kind == "charge":
+        release = Release(body["noise_multiplier"], body["rate"], body["count"])
+    question = Question(body["run"], body["round"], body["attempt"], body["model"])
+    return Charge(body["data"], question, body["study"], body["unit"], body["mechanism"], release)

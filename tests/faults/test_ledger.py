@@ -1,0 +1,145 @@
+"""The ledger of a live site: private rounds through real programs, killed, rolled back, and out of budget."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from live import COMMAND, Live, hospitals, study
+
+from consortium.client.charges import ledger_in
+from consortium.protocol.study import Study
+
+PRIVACY = 'unit = "record"\nmechanism = "dp-sgd"\nepsilon = 3.0\ndelta = 1e-5\nclip_norm = 1.0'
+SITES = 2
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Live]:
+    with hospitals(tmp_path, SITES) as one:
+        yield one
+
+
+def private(name: str, rounds: int, epsilon: float = 3.0) -> Study:
+    """A study by dp-sgd with short rounds."""
+    text = study(name, SITES, rounds=rounds, epochs=1, deadline="2m").text
+    text = re.sub(r"\[privacy\][^\[]*", "", text)
+    return Study.parse(text + f"\n[privacy]\n{PRIVACY.replace('3.0', str(epsilon))}\n")
+
+
+def client(federation: Live, site: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [*map(str, COMMAND), "client", *words, "--dir", str(federation.home(site).folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def charged(federation: Live, site: str, run: str) -> int:
+    book = ledger_in(federation.home(site), federation.home(site).lock())
+    return sum(one.question.run == run for account in book.accounts().values() for one in account.charges)
+
+
+def test_a_private_study_charges_every_round_and_ends_on_its_budget(federation: Live) -> None:
+    """Each site's ledger holds each round before it leaves; a site whose budget is spent declines with its reason, the
+    run keeps, evaluates and exports its last model, and the model says why it ended."""
+    federation.start(private("first", 4))
+    assert federation.over("first")["state"] == "finished", federation.logs()
+    sites = sorted(federation.places)
+    for site in sites:
+        assert charged(federation, site, "first.1") == 4
+        shown = client(federation, site, "ledger", "show", "--json")
+        (account,) = json.loads(shown.stdout)["data"]
+        assert 2.9 < account["spent"]["record"]["epsilon"] <= 3.0
+        assert account["spent"]["record"]["delta"] == 1e-5
+        assert account["spent"]["person"]["epsilon"] is None
+        assert client(federation, site, "ledger", "verify").returncode == 0
+        done = client(federation, site, "ledger", "budget", account["data"], "--epsilon", "3.4")
+        assert done.returncode == 0, done.stderr
+    federation.start(private("second", 8))
+    ended = federation.over("second", 200)
+    assert ended["state"] == "finished early", ended
+    assert "privacy budget" in ended["why"]
+    assert all(site in ended["why"] for site in sites)
+    assert 0 < ended["round"] < 8
+    folder = Path(ended["model"])
+    said = json.loads((folder / "privacy.json").read_text())
+    assert set(said["sites"]) == set(sites)
+    reasons = [why for event in federation.events("second") for why in event["left_out"].values()]
+    assert any("privacy budget" in why and "per record" in why for why in reasons)
+
+
+def test_an_older_ledger_spends_nothing(federation: Live) -> None:
+    """Put back while the agent is down, it verifies by itself and with an old countersignature, yet the server has seen
+    more: verify exits with 4, and the site declines until the newest copy is back."""
+    site, other = sorted(federation.places)
+    home = federation.home(site)
+    federation.start(private("first", 2))
+    federation.over("first")
+    kept = [home.ledger_file, home.witness_file]
+    old = [path.read_bytes() for path in kept]
+    federation.start(private("second", 2))
+    federation.over("second")
+    new = [path.read_bytes() for path in kept]
+    federation.end(site)
+    for path, content in zip(kept, old, strict=True):
+        path.write_bytes(content)
+    found = client(federation, site, "ledger", "verify")
+    assert found.returncode == 4, found.stdout
+    assert "older copy" in found.stderr
+    federation.start_client(site)
+    federation.gather()
+    federation.start(private("third", 1))
+    federation.until(lambda: "older copy" in federation.logs(), 60, "the site spends from an older ledger")
+    assert charged(federation, site, "third.1") == 0
+    federation.end(site)
+    for path, content in zip(kept, new, strict=True):
+        path.write_bytes(content)
+    federation.start_client(site)
+    federation.over("third", 200)
+    assert client(federation, site, "ledger", "verify").returncode == 0
+    home.ledger_file.write_bytes(home.ledger_file.read_bytes().replace(b'"count":', b'"cuont":', 1))
+    damaged = client(federation, site, "ledger", "show")
+    assert damaged.returncode == 4
+    assert "entry 1" in damaged.stderr
+    assert other
+
+
+def test_a_site_killed_at_random_moments_never_shows_less_than_what_left(federation: Live) -> None:
+    """kill -9, again and again within private rounds: the ledger verifies each time, and holds every round that the
+    server admitted an answer to."""
+    site, _ = sorted(federation.places)
+    rng = random.Random(3)
+    federation.start(private("killed", 60, epsilon=20.0))
+    for _ in range(15):
+        time.sleep(rng.uniform(0.0, 2.0))
+        federation.end(site)
+        assert client(federation, site, "ledger", "verify").returncode == 0
+        federation.start_client(site)
+        if federation.show("killed")["state"] not in ("running", "waiting"):
+            break
+    book = ledger_in(federation.home(site), federation.home(site).lock())
+    rounds = {
+        (one.question.round, one.question.attempt)
+        for account in book.accounts().values()
+        for one in account.charges
+    }
+    admitted = {
+        (e["round"], e["attempt"])
+        for e in federation.events("killed")
+        if site in e["admitted"] and e["round"]
+    }
+    book.verify()
+    assert admitted
+    assert admitted <= rounds | {
+        (one.question.round, one.question.attempt)
+        for account in ledger_in(federation.home(site), federation.home(site).lock()).accounts().values()
+        for one in account.charges
+    }
+    federation.admin.post("/v1/studies/killed/stop")
+    shutil.rmtree(federation.folder / "nothing", ignore_errors=True)

@@ -1,0 +1,97 @@
+"""Audits: what an attacker measures stays below what is claimed, and would not if the noise were halved.
+
+They run on the code that ships: `clipped` updates and sums, `add_noise`, `noised_mean`.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from one_run_audit import epsilon_of_guesses
+
+from consortium.privacy.mechanisms import Mechanism, calibrate, clip, noised_mean
+from consortium.privacy.randomness import Stream
+from consortium.strategies.means import mean
+
+DELTA = 1e-5
+
+
+@pytest.mark.parametrize(
+    ("canaries", "guesses", "right", "expected"), [(1000, 100, 100, 3.4654), (1000, 200, 180, 1.7963)]
+)
+def test_the_one_run_audits_figures_are_the_published_ones(
+    canaries: int, guesses: int, right: int, expected: float
+) -> None:
+    """arXiv 2305.08846, theorem 5.2 at delta 1e-5 and 95 % confidence, within 1 %."""
+    assert epsilon_of_guesses(canaries, guesses, right, DELTA) == pytest.approx(expected, rel=0.01)
+
+
+def central(epsilon: float) -> Mechanism:
+    return Mechanism("central-gaussian", "site", epsilon, DELTA, 1.0, calibrate(epsilon, DELTA, 1), 1)
+
+
+def scores(mechanism: Mechanism, canaries: int, size: int, weaker: float) -> tuple[np.ndarray, np.ndarray]:
+    """One release of a mean in which each of `canaries` sites is there by a coin's toss: coins, and for each the
+    product of its (nearly orthogonal, longest allowed) update with the release."""
+    rng = np.random.default_rng(11)
+    directions = rng.standard_normal((canaries, size)).astype(np.float32)
+    updates = [clip(one * 100, mechanism.clip_norm)[0] for one in directions]
+    coins = rng.random(canaries) < 0.5
+    total = np.sum([u for u, there in zip(updates, coins, strict=True) if there], axis=0, dtype=np.float64)
+    sensitivity = mean().sensitivity(canaries)
+    assert sensitivity is not None
+    average = (total / canaries).astype(np.float32)
+    noisy = noised_mean(
+        replace(mechanism, noise_multiplier=mechanism.noise_multiplier * weaker), average, sensitivity, canaries,
+        mechanism.clip_norm, Stream.system(),
+    )  # fmt: skip
+    return coins, np.array([float(u.astype(np.float64) @ noisy) for u in updates])
+
+
+def audited(mechanism: Mechanism, weaker: float) -> float:
+    """The one-run audit's lower bound: the best over how many canaries are guessed, highest in and lowest out."""
+    coins, score = scores(mechanism, 300, 40_000, weaker)
+    order = np.argsort(score)
+    found = 0.0
+    for guesses in (20, 60, 120, 200, 300):
+        half = guesses // 2
+        right = int((~coins[order[:half]]).sum() + coins[order[-half:]].sum())
+        found = max(found, epsilon_of_guesses(len(coins), guesses, right, DELTA))
+    return found
+
+
+def test_the_one_run_audit_stays_below_the_claim() -> None:
+    """And with a tenth of the noise the same audit finds more than is claimed: it can fail."""
+    claimed = central(1.0)
+    assert audited(claimed, 1.0) < 1.0
+    assert audited(claimed, 0.1) > 1.0
+
+
+def test_the_one_shot_canary_audit_stays_below_the_claim_and_sees_halved_noise() -> None:
+    """arXiv 2302.03098: cosines of random canaries with the release are normal; their mean and deviation give epsilon.
+
+    With half the noise the estimate rises above the claim.
+    """
+    claimed = central(2.0)
+    assert one_shot(claimed, 1.0) <= 2.0 * 1.05
+    assert one_shot(claimed, 0.5) > 2.0 * 1.3
+
+
+def one_shot(mechanism: Mechanism, weaker: float) -> float:
+    """The epsilon at delta of telling N(0, s^2) from N(m, s^2), m and s measured over canaries in and out."""
+    rng = np.random.default_rng(12)
+    size, repeats = 2000, 4000
+    canary, _ = clip(rng.standard_normal(size).astype(np.float32) * 100, mechanism.clip_norm)
+    stream = Stream.system()
+    shrunk = replace(mechanism, noise_multiplier=mechanism.noise_multiplier * weaker)
+    sides = []
+    for there in (0.0, 1.0):
+        base = (canary * there / 2).astype(np.float32)
+        noisy = [noised_mean(shrunk, base, 0.5, 2, mechanism.clip_norm, stream) for _ in range(repeats)]
+        sides.append(np.array([float(one @ canary) for one in noisy]))
+    gap = sides[1].mean() - sides[0].mean()
+    deviation = math.sqrt((sides[0].var() + sides[1].var()) / 2)
+    from dp_accounting import gaussian_mechanism
+
+    return float(gaussian_mechanism.get_epsilon_gaussian(deviation / gap, DELTA))
