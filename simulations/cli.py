@@ -32,6 +32,10 @@ def simulate(
     compare: Annotated[
         str, typer.Option(metavar="NAME,NAME", help="Strategies in place of the study's.")
     ] = "",
+    epsilon: Annotated[
+        str,
+        typer.Option(metavar="E,E,inf", help="Levels of privacy in place of the study's: 0.5,1,2,4,8,inf."),
+    ] = "",
     seeds: Annotated[int, typer.Option(help="How many seeds, counting up from the study's.")] = 1,
     rounds: Annotated[int | None, typer.Option(help="Rounds, in place of the study's.")] = None,
     fault: Annotated[list[str] | None, typer.Option(metavar="SPEC", help=_FAULT)] = None,
@@ -55,6 +59,8 @@ def simulate(
     consortium simulate study.toml --data north.csv south.csv east.csv
 
     consortium simulate study.toml --data all.csv --partition dirichlet:0.5 --compare fedavg,fedprox --seeds 5
+
+    consortium simulate study.toml --data all.csv --epsilon 0.5,1,2,4,8,inf --seeds 5
     """
     files = _files(data or [], more or [], compare)
     faults = [parse_fault(spec) for spec in fault or []]
@@ -63,8 +69,9 @@ def simulate(
 
     with opened(study) as loaded:
         _simulate(
-            loaded, files, sites=sites, partition=partition, compare=compare, seeds=seeds, rounds=rounds,
-            faults=faults, specs=fault or [], baselines=baselines, processes=processes, out=out, as_json=as_json,
+            loaded, files, sites=sites, partition=partition, compare=compare, epsilon=epsilon, seeds=seeds,
+            rounds=rounds, faults=faults, specs=fault or [], baselines=baselines, processes=processes, out=out,
+            as_json=as_json,
         )  # fmt: skip
 
 
@@ -75,6 +82,7 @@ def _simulate(
     sites: int | None,
     partition: str | None,
     compare: str,
+    epsilon: str,
     seeds: int,
     rounds: int | None,
     faults: list[Fault],
@@ -89,17 +97,19 @@ def _simulate(
     _strike(faults, loaded.rounds)
 
     from consortium.simulations import experiment, progress, report
+    from consortium.simulations.privacy_levels import epsilons
     from consortium.simulations.sites import gather
 
+    levels = epsilons(epsilon) if epsilon else []
     names = [name for part in compare.split(",") if (name := part.strip())]
     with contextlib.redirect_stdout(sys.stderr):  # what the study's own code prints is no result
-        experiment.check(loaded, names, seeds)
+        experiment.check(loaded, names, seeds, levels)
         found = gather(loaded, files, sites, partition, seed=loaded.seed)
         folder = report.new_folder(out or _default(loaded))
         try:
             with progress.progress(loaded.name) as watch:
                 done = experiment.experiment(
-                    loaded, found, compare=names, seeds=seeds, processes=processes, faults=faults,
+                    loaded, found, compare=names, epsilons=levels, seeds=seeds, processes=processes, faults=faults,
                     baselines=baselines, watch=watch,
                 )  # fmt: skip
         except BaseException:
@@ -108,6 +118,7 @@ def _simulate(
             raise
     options = [f"--sites={sites}"] * (sites is not None) + [f"--partition={partition}"] * bool(partition)
     options += [f"--compare={','.join(names)}"] * bool(names) + [f"--seeds={seeds}"]
+    options += [f"--epsilon={epsilon}"] * bool(levels)
     options += [f"--fault={spec}" for spec in specs] + ["--no-baselines"] * (not baselines)
     try:
         page = report.write(done, folder, report.Origin(options, files))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from consortium.protocol.errors import ConsortiumError, InputError
@@ -21,6 +21,7 @@ from consortium.simulations import own_code
 from consortium.simulations.baselines import Baselines
 from consortium.simulations.faults import Fault
 from consortium.simulations.host import one_thread
+from consortium.simulations.privacy_levels import Level, levels
 from consortium.simulations.simulation import Result, simulate
 from consortium.simulations.sites import Sites
 from consortium.strategies.chosen import strategy_of
@@ -30,7 +31,9 @@ Judged = Literal["union", "sites"]
 
 @dataclass(frozen=True)
 class Trial:
-    """One strategy with one seed.
+    """One strategy, or one level of privacy, with one seed.
+
+    strategy: its name; of a level its label.
 
     metrics: of the selected model on the union of the holdouts; empty where there is none or its outputs are not
         finite. judged: "union", in one place, AUROC exact; "sites", by the sites' counts, where the model has layers
@@ -42,6 +45,7 @@ class Trial:
     result: Result
     metrics: Mapping[str, float]
     judged: Judged = "union"
+    level: Level | None = None
 
     @property
     def why(self) -> str:
@@ -158,7 +162,19 @@ def strategy_tables(study: Study, names: Sequence[str]) -> list[dict[str, Any]]:
     return [own if name == own["name"] else {"name": name} for name in names]
 
 
-def check(study: Study, compare: Sequence[str], seeds: int) -> None:
+def _variants(
+    study: Study, compare: Sequence[str], epsilons: Sequence[float]
+) -> list[tuple[str, Study, Level | None]]:
+    """What is run, by label."""
+    if compare and epsilons:
+        raise InputError("--compare and --epsilon: give one of them")
+    if epsilons:
+        return [(level.label, level.study, level) for level in levels(study, list(epsilons))]
+    found = [study.with_(strategy=table) for table in strategy_tables(study, compare)]
+    return [(one.strategy.name, one, None) for one in found]
+
+
+def check(study: Study, compare: Sequence[str], seeds: int, epsilons: Sequence[float] = ()) -> None:
     """Refuse what `experiment` would refuse, before data are read.
 
     Raises:
@@ -166,8 +182,8 @@ def check(study: Study, compare: Sequence[str], seeds: int) -> None:
     """
     if seeds < 1:
         raise InputError(f"--seeds: {seeds} given; 1 or more would be right")
-    for own in strategy_tables(study, compare):
-        strategy_of(study.with_(strategy=own))
+    for _, own, _ in _variants(study, compare, epsilons):
+        strategy_of(own)
 
 
 def experiment(
@@ -175,6 +191,7 @@ def experiment(
     sites: Sites,
     *,
     compare: Sequence[str] = (),
+    epsilons: Sequence[float] = (),
     seeds: int = 1,
     processes: int | None = None,
     faults: Sequence[Fault] = (),
@@ -183,7 +200,7 @@ def experiment(
 ) -> Experiment:
     """Run each strategy with each seed, and the baselines with each seed.
 
-    compare: names of strategies; none for the study's own.
+    compare: names of strategies; none for the study's own. epsilons: levels of privacy, in place of the study's.
     seeds: how many, counting up from the study's.
     baselines: whether sites alone and all rows together are trained too.
     watch: called as it goes.
@@ -195,9 +212,9 @@ def experiment(
             metric that the study is judged by.
         ConsortiumError: the study's code failed.
     """
-    check(study, compare, seeds)
+    check(study, compare, seeds, epsilons)
     started = time.monotonic()
-    studies = [study.with_(strategy=table) for table in strategy_tables(study, compare)]
+    studies = _variants(study, compare, epsilons)
     numbers = range(study.seed, study.seed + seeds)
     per_seed = len(studies) * study.rounds + (len(sites.sources) + 1 if baselines else 0)
     counter = _Counter(watch, seeds * per_seed)
@@ -207,10 +224,17 @@ def experiment(
     with one_thread(), own_code.named("", ConsortiumError):
         room = base.one_room(study, sites.sources)
         own_code.check(room)
+        # Inputs are scaled by learnt statistics, or under privacy by declared ranges: a model is judged on its own.
+        rooms = {study.privacy.mechanism == "none": room}
+        for _, one, _ in studies:
+            if (plain := one.privacy.mechanism == "none") not in rooms:
+                rooms[plain] = base.one_room(one, sites.sources)
         try:
             for seed in numbers:
-                for one in studies:
-                    trials.append(_trial(one, seed, sites, room, processes, faults, counter))
+                for label, one, level in studies:
+                    where = rooms[one.privacy.mechanism == "none"]
+                    made = _trial(label, one, seed, sites, where, processes, faults, counter)
+                    trials.append(replace(made, level=level))
                 if baselines:
                     references.append(_baselines(room, seed, counter))
         except KeyboardInterrupt:
@@ -222,6 +246,7 @@ def experiment(
 
 
 def _trial(
+    name: str,
     study: Study,
     seed: int,
     sites: Sites,
@@ -230,14 +255,13 @@ def _trial(
     faults: Sequence[Fault],
     counter: _Counter,
 ) -> Trial:
-    name = study.strategy.name
     result = simulate(
         study,
         sites=sites.sources,
         seed=seed,
         processes=processes,
         faults=faults,
-        report=lambda item: _tell(counter, study, seed, item),
+        report=lambda item: _tell(counter, name, study, seed, item),
     )
     if result.status != "finished":
         counter.tell(
@@ -255,8 +279,8 @@ def _trial(
         return Trial(name, seed, result, {})
 
 
-def _tell(counter: _Counter, study: Study, seed: int, item: Round | Evaluation) -> None:
-    label = f"{study.strategy.name}, seed {seed}"
+def _tell(counter: _Counter, name: str, study: Study, seed: int, item: Round | Evaluation) -> None:
+    label = f"{name}, seed {seed}"
     if isinstance(item, Evaluation):
         score = item.pooled.get(study.metric, math.nan)
         if not math.isnan(score):

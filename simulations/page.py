@@ -109,6 +109,10 @@ def _images(experiment: Experiment, drawn: Mapping[str, Path]) -> Iterable[str]:
         f" AUROC here is {auroc}, from the counts that sites send." if experiment.metric == "auroc" else ""
     )
     captions = {
+        "privacy": "The selected model against epsilon: mean over seeds, band: its 95 % interval. Each site's "
+        "guarantee is for its own data; neighbours differ by one record or person that is there or not, or by one "
+        "site's update that becomes zero. To choose a setting by such a plot on real records costs what "
+        "all its runs cost together.",
         "rounds": "After each round, pooled over the sites: mean over seeds, band: its 95 % interval."
         + counted,
         "sites": "The selected model on each site's own holdout: mean over seeds and its 95 % interval."

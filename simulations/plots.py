@@ -28,8 +28,10 @@ WITHIN_ONE = ("accuracy", "auroc")
 
 
 def draw(experiment: Experiment, folder: Path) -> dict[str, Path]:
-    """PNG files in `folder`, by what they show: "rounds" and "sites". Neither where no site holds out rows."""
+    """PNG files in `folder`, by what they show: "privacy", "rounds", "sites". None where no site holds out rows."""
     drawn = {}
+    if any(trial.level for trial in experiment.trials) and experiment.metric:
+        drawn["privacy"] = _save(_privacy(experiment), folder / "privacy.png")
     if any(trial.result.outcome.state.evaluations for trial in experiment.trials) and experiment.metric:
         drawn["rounds"] = _save(_rounds(experiment), folder / "rounds.png")
         if any(trial.result.outcome.evaluation for trial in experiment.trials):
@@ -89,6 +91,39 @@ def _rounds(experiment: Experiment) -> Figure:
     axes.set_xlabel("round")
     axes.set_ylabel(heading(metric))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(frameon=False, fontsize="small", loc="outside upper center", ncols=6)
+    return figure
+
+
+def _privacy(experiment: Experiment) -> Figure:
+    """The selected model's metric against epsilon, for each unit: means over seeds and their intervals."""
+    figure, axes = _figure()
+    metric = experiment.metric
+    found = [trial.level for trial in experiment.trials if trial.level]
+    places = {epsilon: place for place, epsilon in enumerate(sorted({one.epsilon for one in found}))}
+    plain = [t.metrics.get(metric, math.nan) for t in experiment.trials if t.level and t.level.unit == "any"]
+    for number, unit in enumerate(dict.fromkeys(one.unit for one in found if one.unit != "any")):
+        by_epsilon: dict[float, list[float]] = {math.inf: plain} if plain else {}
+        for trial in experiment.trials:
+            if trial.level and trial.level.unit == unit:
+                by_epsilon.setdefault(trial.level.epsilon, []).append(trial.metrics.get(metric, math.nan))
+        at = [(places[epsilon], spread(values)) for epsilon, values in sorted(by_epsilon.items())]
+        x = np.array([place for place, _ in at])
+        axes.plot(
+            x,
+            [one.mean for _, one in at],
+            color=colour(number),
+            label=f"per {unit}",
+            marker=MARKERS[number],
+            ms=5,
+        )
+        low, high = _band([one.low for _, one in at], [one.high for _, one in at], metric)
+        axes.fill_between(x, low, high, color=colour(number), alpha=0.15, linewidth=0)
+    named = ["no privacy" if math.isinf(epsilon) else f"{epsilon:g}" for epsilon in places]
+    axes.set_xticks(list(places.values()), named)
+    deltas = sorted({one.study.privacy.delta for one in found if one.study.privacy.delta})
+    axes.set_xlabel(f"epsilon at delta {', '.join(f'{delta:g}' for delta in deltas)}, each site by itself")
+    axes.set_ylabel(heading(metric))
     figure.legend(frameon=False, fontsize="small", loc="outside upper center", ncols=6)
     return figure
 

@@ -108,7 +108,9 @@ def _write(experiment: Experiment, folder: Path, origin: Origin | None) -> Path:
 def _study(experiment: Experiment, folder: Path) -> None:
     study = experiment.study
     (folder / "study.toml").write_text(study.text, encoding="utf-8")
-    for path, content in files((study.task, *experiment.strategies), study.folder).items():
+    for path, content in files(
+        (study.task, study.strategy.name, *experiment.strategies), study.folder
+    ).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from one_run_audit import epsilon_of_guesses
 
-from consortium.privacy.mechanisms import Mechanism, calibrate, clip, noised_mean
+from consortium.privacy.accounting import calibrate
+from consortium.privacy.mechanisms import Mechanism, clip, noised_mean
 from consortium.privacy.randomness import Stream
 from consortium.strategies.means import mean
 
@@ -41,7 +42,7 @@ def scores(mechanism: Mechanism, canaries: int, size: int, weaker: float) -> tup
     total = np.sum([u for u, there in zip(updates, coins, strict=True) if there], axis=0, dtype=np.float64)
     sensitivity = mean().sensitivity(canaries)
     assert sensitivity is not None
-    average = (total / canaries).astype(np.float32)
+    average = np.asarray(total / canaries, np.float32)
     noisy = noised_mean(
         replace(mechanism, noise_multiplier=mechanism.noise_multiplier * weaker), average, sensitivity, canaries,
         mechanism.clip_norm, Stream.system(),

@@ -1,8 +1,14 @@
 """What privacy costs: breast cancer over four uneven sites, by record."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+from private_studies import private_study, table
 from sklearn.datasets import load_breast_cancer
 
 from consortium.protocol import Study
@@ -62,3 +68,34 @@ def auroc(epsilon: float, seeds: int = 5) -> float:
 def test_breast_cancer_stays_useful(epsilon: float, least: float) -> None:
     """Record level, delta 1e-5, mean of five seeds: at least 0.97 at epsilon 4 and 0.95 at epsilon 1."""
     assert auroc(epsilon) >= least
+
+
+@pytest.mark.timeout(400)
+def test_simulate_draws_accuracy_against_epsilon(tmp_path: Path) -> None:
+    """One line a unit that the study allows, no privacy beside them, in the report; nonsense is refused."""
+    for number in range(1, 4):
+        table(60, number, people=20).to_csv(tmp_path / f"site-{number}.csv", index=False)
+    data = 'person = "who"\nholdout = 0.3'
+    (tmp_path / "study.toml").write_text(private_study('mechanism = "none"', rounds=2, data=data).text)
+    files = [str(path) for path in sorted(tmp_path.glob("*.csv"))]
+    program = str(Path(sys.executable).with_name("consortium"))
+    command = [program, "simulate", str(tmp_path / "study.toml"), "--data", *files]
+    command += ["--no-baselines", "--processes", "0", "--json"]
+    out = tmp_path / "results"
+    done = subprocess.run(
+        [*command, "--epsilon", "4,inf", "--seeds", "2", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    labels = {row["name"] for row in said["table"]} if "table" in said else set(done.stdout.split('"'))
+    wanted = {"record, epsilon 4", "person, epsilon 4", "site, epsilon 4", "no privacy"}
+    assert wanted <= labels
+    assert (out / "privacy.png").stat().st_size > 10_000
+    assert "against epsilon" in (out / "report.html").read_text()
+    for wrong in ("0", "one", "1,1"):
+        refused = subprocess.run([*command, "--epsilon", wrong], capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert "--epsilon" in refused.stderr
