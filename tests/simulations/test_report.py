@@ -15,7 +15,7 @@ import pytest
 from breast_cancer import study_text, table
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from consortium.protocol.errors import InputError
 from consortium.protocol.study import Study
