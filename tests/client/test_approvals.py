@@ -103,7 +103,9 @@ def test_one_byte_or_one_setting_off_is_another_study(desk: Desk) -> None:
         packed(STUDY + "# a comment\n"),
         packed(more=b""),
     ]
-    work = SiteWork(desk.home, desk.home.data_key(desk.home.lock()), desk.approvals, desk.public)
+    work = SiteWork(
+        desk.home, desk.home.data_key(desk.home.lock()), desk.approvals, desk.public, lambda *_: None
+    )
     for other in others:
         assert desk.allowed(other) is None
         given = Given(b"", desk.asked(other), None, other.study, bundle=other)
