@@ -9,8 +9,8 @@ made is refused. Where a line cannot be written the request fails: an answer wit
 
 from __future__ import annotations
 
+import hashlib
 import hmac
-import json
 import os
 import re
 import secrets
@@ -22,6 +22,7 @@ from typing import Any
 from consortium.protocol.errors import ConsortiumError
 from consortium.protocol.files import private_folder, write_private
 from consortium.server.serving.tensors import RequestError
+from consortium.server.serving.wire import compact
 
 KEY = "predictions.key"
 MAX_LABEL = 200
@@ -37,7 +38,7 @@ class Desk:
         if not path.exists():
             write_private(path, secrets.token_bytes(32))
         self._key = path.read_bytes()
-        self._files: dict[str, tuple[str, int]] = {}
+        self._files: dict[str, tuple[int, int]] = {}
 
     def new_id(self, name: str, version: str) -> str:
         """The id of a prediction that is made now by this version."""
@@ -57,7 +58,7 @@ class Desk:
 
     def _mac(self, name: str, version: str, nonce: str) -> str:
         content = f"{name}/{version}/{nonce}".encode()
-        return hmac.digest(self._key, content, "sha256").hex()[:16]
+        return hashlib.blake2b(content, key=self._key, digest_size=8).hexdigest()
 
     def note(self, line: Mapping[str, Any]) -> None:
         """Write down that somebody asked.
@@ -91,15 +92,15 @@ class Desk:
 
     def _write(self, kind: str, line: Mapping[str, Any]) -> None:
         now = self._clock()
-        day = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d")
+        day = int(now // 86400)
         try:
-            if self._files.get(kind, ("", 0))[0] != day:
+            if self._files.get(kind, (0, 0))[0] != day:
                 if kind in self._files:
                     os.close(self._files.pop(kind)[1])
-                path = self.folder / f"{kind}-{day}.jsonl"
+                path = self.folder / f"{kind}-{datetime.fromtimestamp(now, UTC):%Y-%m-%d}.jsonl"
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                 self._files[kind] = day, os.open(path, flags, 0o600)
-            content = json.dumps({"at": round(now, 3), **line}, separators=(",", ":")).encode() + b"\n"
+            content = compact({"at": round(now, 3), **line}).encode() + b"\n"
             if os.write(self._files[kind][1], content) != len(content):
                 raise OSError("the disk is full")
         except OSError as error:

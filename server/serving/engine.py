@@ -1,8 +1,8 @@
 """What is served now, and its predictions: versions that come and go without a request being lost, in batches.
 
-A request holds the version that it began with, so a promotion changes what later ones get and nothing else. Requests
-that wait while the graph runs go into one batch. Short work runs where it is, on the loop's thread, because handing it
-to another costs more than it takes; what takes longer goes to a thread, so that health is answered meanwhile.
+A request holds the version that it began with, so a promotion changes what later ones get and nothing else. Short
+work runs where it is, at once, on the loop's thread, because handing it to another costs more than it takes. What takes
+longer goes to a thread, so that health is answered meanwhile, and requests that wait for it go into one batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.server import seal
 from consortium.server.model import load_model
-from consortium.server.serving.tensors import RequestError
+from consortium.server.serving.tensors import Checker, RequestError
 
 MAX_BATCH = 1 << 12
 """Rows of one batch; a larger request is a batch of its own."""
@@ -54,6 +54,7 @@ class Loaded:
     lineage: Mapping[str, Any]
     card: str
     lane: Lane
+    check: Checker
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,16 @@ def load(folder: Path, name: str, version: str, roots: tuple[str, ...], unsigned
     seal.check_signer(folder, sealed, roots, unsigned)
     lineage = json.loads((folder / "lineage.json").read_bytes())
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
-    return Loaded(name, version, sealed.digest, model.contract, lineage, card, Lane(model.run))
+    return Loaded(
+        name,
+        version,
+        sealed.digest,
+        model.contract,
+        lineage,
+        card,
+        Lane(model.run),
+        Checker(model.contract["inputs"]),
+    )
 
 
 class Engine:
@@ -110,7 +120,7 @@ class Engine:
 class _Waiting:
     arrays: Arrays
     rows: int
-    done: asyncio.Future[dict[str, NDArray[Any]]]
+    done: asyncio.Future[dict[str, NDArray[Any]]] | None
 
 
 class Lane:
@@ -137,15 +147,22 @@ class Lane:
         """
         loop = asyncio.get_running_loop()
         rows = len(next(iter(arrays.values())))
+        if not self._busy and 0 < self._per_row * rows < SHORT:
+            found = self._work([_Waiting(arrays, rows, None)])
+            self.batches += 1
+            if isinstance(found, Exception):
+                raise _uncomputable(found)
+            return found
         if self._rows and self._rows + rows > MAX_WAITING:
             raise OverloadedError(f"{self._rows} rows wait already; try again later")
-        one = _Waiting(arrays, rows, loop.create_future())
+        done: asyncio.Future[dict[str, NDArray[Any]]] = loop.create_future()
+        one = _Waiting(arrays, rows, done)
         self._waiting.append(one)
         self._rows += rows
         if not self._busy:
             self._busy = True
             loop.call_soon(self._next, loop)  # after whatever else has come in by now
-        return await one.done
+        return await done
 
     def _next(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin the next batch, or rest."""
@@ -167,7 +184,7 @@ class Lane:
         while self._waiting and (not batch or rows + self._waiting[0].rows <= MAX_BATCH):
             one = self._waiting.popleft()
             self._rows -= one.rows
-            if not one.done.cancelled():  # whoever asked has gone
+            if one.done is not None and not one.done.cancelled():  # else whoever asked has gone
                 batch.append(one)
                 rows += one.rows
         return batch
@@ -204,13 +221,15 @@ class Lane:
     def _tell(self, batch: list[_Waiting], found: dict[str, NDArray[Any]] | Exception) -> None:
         place = 0
         for one in batch:
-            if one.done.done():
+            if one.done is None or one.done.done():
                 pass
             elif isinstance(found, Exception):
-                one.done.set_exception(
-                    RequestError(f"the model cannot compute with these values ({type(found).__name__})")
-                )
+                one.done.set_exception(_uncomputable(found))
             else:
                 part = {name: array[place : place + one.rows] for name, array in found.items()}
                 one.done.set_result(part)
             place += one.rows
+
+
+def _uncomputable(error: Exception) -> RequestError:
+    return RequestError(f"the model cannot compute with these values ({type(error).__name__})")

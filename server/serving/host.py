@@ -16,7 +16,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
 from consortium.protocol.files import private_folder, write_private
 from consortium.server import pki, seal
 from consortium.server.serving import engine, registry, rpc, tokens, web
-from consortium.server.serving.bounded import BoundedProtocol
+from consortium.server.serving.bounded import BoundedProtocol, cut_off_late
 from consortium.server.serving.counters import Counters
 from consortium.server.serving.desk import Desk
 from consortium.server.serving.engine import Engine, Loaded, Offered
@@ -104,12 +104,13 @@ async def _serve(settings: Settings, ready: Callable[[dict[str, Any]], None]) ->
     server = _Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, server.end)
+    cutting = asyncio.create_task(cut_off_late(server.server_state.connections))
     watching = asyncio.create_task(_watch(watcher, service, settings.folder))
     telling = asyncio.create_task(_tell(server, about, service, ready))
     try:
         await server.serve([listening])
     finally:
-        for task in (watching, telling):
+        for task in (cutting, watching, telling):
             task.cancel()
         if door is not None:
             await door.stop(_ENDING)
@@ -189,7 +190,7 @@ class Watcher:
             return self._offered()
         one = engine.load(self._path, "", "1", self._settings.roots, self._settings.unsigned)
         name = str(one.contract["study"]["name"])
-        one = Loaded(name, one.version, one.digest, one.contract, one.lineage, one.card, one.lane)
+        one = replace(one, name=name)
         return {name: Offered(one, {one.version: one})}
 
     def again(self) -> dict[str, Offered] | None:

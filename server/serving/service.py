@@ -11,7 +11,7 @@ from consortium.protocol.errors import ConsortiumError
 from consortium.server.serving.counters import Counters
 from consortium.server.serving.desk import Desk
 from consortium.server.serving.engine import AbsentError, Arrays, Engine, Loaded, OverloadedError
-from consortium.server.serving.tensors import Given, RequestError, checked, datatype, shape
+from consortium.server.serving.tensors import Given, RequestError, datatype, shape
 from consortium.server.serving.tokens import Caller
 
 SERVER = "consortium"
@@ -64,13 +64,13 @@ class Service:
         try:
             found = self.engine.find(name, version)
             about |= {"version": found.version, "digest": found.digest}
-            known = [str(one["name"]) for one in found.contract["outputs"]]
+            known = [str(one["name"]) for one in found.contract["outputs"]] if wanted else []
             for one in wanted:
                 if one not in known:
                     raise RequestError(
                         f"output '{one[:80]}': the model has none such; it has {', '.join(known)}"
                     )
-            arrays = checked(found.contract["inputs"], given)
+            arrays = found.check(given)
             outputs = await found.lane.predict(arrays)
             rows = len(next(iter(arrays.values())))
             identity = self.desk.new_id(name, found.version)

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +30,7 @@ _SHOWN = 8
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """A tensor as it came. data: a list of Python values (nested or flat), or bytes, little-endian."""
 
     name: str
@@ -61,9 +59,6 @@ def checked(inputs: Sequence[Mapping[str, Any]], given: Sequence[Given]) -> dict
     Raises:
         RequestError: naming every input that is wrong, and how.
     """
-    quick = _quick(inputs, given)
-    if quick is not None:
-        return quick
     by_name = {one.name: one for one in given}
     names = [one["name"] for one in inputs]
     problems = [
@@ -89,36 +84,56 @@ def checked(inputs: Sequence[Mapping[str, Any]], given: Sequence[Given]) -> dict
     return arrays
 
 
-def _quick(inputs: Sequence[Mapping[str, Any]], given: Sequence[Given]) -> dict[str, Array] | None:
-    """The arrays of a request of numeric columns in JSON where all is right, by one look at all numbers together.
+class Checker:
+    """`checked` for the inputs of one contract, made once. Where all inputs are numeric columns of one dtype and a
+    request has nothing wrong, one look at all its numbers together will do; else each input is looked at by itself."""
 
-    None where anything is otherwise: then each input is looked at by itself, and so finds its words.
-    """
-    columns = {one["name"]: one for one in inputs if one["kind"] == "numeric"}
-    by_name = {one.name: one.data for one in given}
-    rows = given[0].shape[0] if given and given[0].shape else 0
-    if len(columns) < len(inputs) or by_name.keys() != columns.keys() or not 1 <= rows <= MAX_ROWS:
-        return None
-    flat: list[Any] = []
-    for one in given:
-        if type(one.data) is not list or one.shape != (rows, 1) or len(one.data) != rows:
+    def __init__(self, inputs: Sequence[Mapping[str, Any]]) -> None:
+        self._inputs = inputs
+        dtypes = {str(one.get("dtype")) if one["kind"] == "numeric" else "" for one in inputs}
+        self._dtype = dtypes.pop() if dtypes in ({"float32"}, {"float64"}) else ""
+        if self._dtype:
+            self._datatype = DATATYPES[self._dtype]
+            self._place = {one["name"]: place for place, one in enumerate(inputs)}
+            ends = np.array([[one["min"], one["max"]] for one in inputs], np.float64)
+            rounded = ends.astype(self._dtype).astype(
+                np.float64
+            )  # a number may stand at an end as its dtype has it
+            self._low = np.minimum(ends, rounded)[:, :1, None]
+            self._high = np.maximum(ends, rounded)[:, 1:, None]
+
+    def __call__(self, given: Sequence[Given]) -> dict[str, Array]:
+        """See `checked`."""
+        found = self._quick(given) if self._dtype and len(given) == len(self._place) else None
+        return checked(self._inputs, given) if found is None else found
+
+    def _quick(self, given: Sequence[Given]) -> dict[str, Array] | None:
+        shape = given[0].shape
+        rows = shape[0] if len(shape) == 2 and shape[1] == 1 else 0
+        flat: list[Any] = []
+        order: list[int] = []
+        for one in given:
+            place = self._place.get(one.name)
+            right = one.datatype == self._datatype and one.shape == shape and type(one.data) is list
+            if place is None or not right or len(one.data) != rows:
+                return None
+            order.append(place)
+            flat += one.data
+        if not 1 <= rows <= MAX_ROWS or not set(map(type, flat)) <= _PLAIN or len(set(order)) < len(order):
             return None
-        flat += by_name[one.name]
-    dtype = columns[given[0].name]["dtype"]
-    plain = set(map(type, flat)) <= {int, float} and DATATYPES.get(dtype) in ("FP32", "FP64")
-    if not plain or any(
-        one.datatype != DATATYPES[dtype] or columns[one.name]["dtype"] != dtype for one in given
-    ):
-        return None
-    try:
-        with np.errstate(over="ignore"):
-            wide = np.array(flat, np.float64).astype(dtype).reshape(len(given), rows, 1)
-    except OverflowError:
-        return None
-    ends = np.array([[columns[one.name][end] for one in given] for end in ("min", "max")]).astype(dtype)
-    if not ((wide >= ends[0, :, None, None]) & (wide <= ends[1, :, None, None])).all():
-        return None
-    return {one.name: wide[place] for place, one in enumerate(given)}
+        try:
+            wide = np.array(flat, np.float64).reshape(len(order), rows, 1)
+        except OverflowError:
+            return None
+        in_order = order == sorted(order)
+        low, high = (self._low, self._high) if in_order else (self._low[order], self._high[order])
+        if not ((wide >= low) & (wide <= high)).all():
+            return None
+        arrays = wide.astype(self._dtype)
+        return {one.name: array for one, array in zip(given, arrays, strict=True)}
+
+
+_PLAIN = {int, float}
 
 
 def _checked(one: Mapping[str, Any], given: Given) -> Array:

@@ -19,6 +19,7 @@ from consortium.server.serving.tensors import DATATYPES, Given, RequestError, fr
 MAX_ID = 200
 MAX_TENSORS = 10_000
 _MAX_DIMENSIONS = 16
+_DATATYPES = {np.dtype(name).char: text for name, text in DATATYPES.items() if name != "string"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def parse(body: bytes, header_length: str | None) -> Asked:
         raise RequestError(f"'id': a text of at most {MAX_ID} letters is expected")
     given, place = [], length
     for number, one in enumerate(_list(document, "inputs", required=True)):
-        tensor, place = _tensor(one, f"inputs[{number}]", body, place)
+        tensor = _plain(one)
+        if tensor is None:
+            tensor, place = _tensor(one, f"inputs[{number}]", body, place)
         given.append(tensor)
     if place != len(body):
         raise RequestError(f"the body has {len(body) - place} bytes that no input claims")
@@ -76,13 +79,13 @@ def answer(
         else:
             one["data"] = array.reshape(-1).tolist()
         outputs.append(one)
-    content = json.dumps({**head, "outputs": outputs}, separators=(",", ":")).encode()
+    content = compact({**head, "outputs": outputs}).encode()
     return (content + b"".join(raw), len(content)) if raw else (content, None)
 
 
 def datatype_of(array: NDArray[Any]) -> str:
     """The protocol's datatype of an array."""
-    return "BYTES" if array.dtype.kind == "O" else DATATYPES[array.dtype.name]
+    return "BYTES" if array.dtype.kind == "O" else _DATATYPES[array.dtype.char]
 
 
 def bytes_of(array: NDArray[Any]) -> bytes:
@@ -103,7 +106,7 @@ def document(content: bytes) -> dict[str, Any]:
 
 def _object(content: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(content, parse_constant=_no_constant)
+        found = _DECODER.decode(content.decode())
     except RequestError:
         raise
     except (ValueError, RecursionError) as error:
@@ -117,12 +120,39 @@ def _no_constant(name: str) -> float:
     raise RequestError(f"the body holds {name}, which JSON has not; null stands for a missing number")
 
 
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+compact = json.JSONEncoder(separators=(",", ":")).encode
+"""A document as JSON without blanks, ASCII alone."""
+
+
 def _length(text: str, most: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 12 and int(text) <= most):
         raise RequestError(
             f"Inference-Header-Content-Length: got {text[:20]!r}; at most the body's {most} is right"
         )
     return int(text)
+
+
+def _plain(one: dict[str, Any]) -> Given | None:
+    """A tensor in JSON with nothing special, as most are; None for any other, of which `_tensor` finds what it is."""
+    if one.keys() != _PLAIN:
+        return None
+    name, datatype, shape, data = one["name"], one["datatype"], one["shape"], one["data"]
+    if (
+        type(name) is not str
+        or type(datatype) is not str
+        or type(shape) is not list
+        or type(data) is not list
+    ):
+        return None
+    if len(shape) != 2 or type(shape[0]) is not int or type(shape[1]) is not int:
+        return None
+    if not (0 <= shape[0] < 2**40 and 0 <= shape[1] < 2**40):
+        return None
+    return Given(name, datatype, (shape[0], shape[1]), data)
+
+
+_PLAIN = {"name", "datatype", "shape", "data"}
 
 
 def _tensor(one: Any, where: str, body: bytes, place: int) -> tuple[Given, int]:
@@ -149,7 +179,7 @@ def _list(document: Mapping[str, Any], key: str, required: bool) -> Sequence[Any
     found = document.get(key, None if required else [])
     if not isinstance(found, list) or len(found) > MAX_TENSORS:
         raise RequestError(f"'{key}': a list of tensors is expected")
-    if any(not isinstance(one, dict) for one in found):
+    if not set(map(type, found)) <= {dict}:
         raise RequestError(f"'{key}': each must be an object")
     return found
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consortium.server.serving import wire
-from consortium.server.serving.tensors import Given, RequestError, checked
+from consortium.server.serving.tensors import Checker, Given, RequestError, checked
 
 NUMBER = {"name": "x", "kind": "numeric", "min": -1.0, "max": 0.3, "dtype": "float32", "missing": "median"}
 CODE = {"name": "c", "kind": "categorical", "values": ["no", "yes"], "missing": "median"}
@@ -131,3 +131,34 @@ def test_bytes_that_are_no_json(content: bytes) -> None:
     for body in (content, b"[" * 100_000, b'{"inputs":' * 5000, b"9" * 5000, b'{"id": NaN}'):
         with pytest.raises(RequestError):
             wire.parse(body, None)
+
+
+def test_quick_look_agrees_with_the_careful_one() -> None:
+    """Whatever order, range or mistake: a checker gives the arrays, or the words, that looking at each input gives."""
+    inputs = [{**NUMBER, "name": name, "max": high} for name, high in (("x", 0.3), ("y", 5.0), ("z", 1e30))]
+    check = Checker(inputs)
+    rng = np.random.default_rng(0)
+    odd = [None, True, "1", 1e400, 10**400, 0.30000001, float(np.float32(0.3)), 0.3, -1, 5, -1.0000001, 3e38]
+    agreed = [0, 0]
+    for _ in range(2000):
+        given = []
+        for name in rng.permutation(["x", "y", "z"]):
+            data = [float(v) for v in rng.uniform(-1, 0.3, 2)]
+            if rng.random() < 0.3:
+                data[int(rng.integers(2))] = odd[int(rng.integers(len(odd)))]  # type: ignore[assignment]
+            given.append(Given(str(name), "FP32" if rng.random() < 0.95 else "FP64", (2, 1), data))
+        right, said = None, ""
+        try:
+            right = checked(inputs, given)
+        except RequestError as error:
+            said = str(error)
+        if right is None:
+            with pytest.raises(RequestError) as caught:
+                check(given)
+            assert str(caught.value) == said
+            agreed[0] += 1
+        else:
+            found = check(given)
+            assert all(found[name].tobytes() == right[name].tobytes() for name in ("x", "y", "z"))
+            agreed[1] += 1
+    assert min(agreed) > 300
