@@ -28,6 +28,9 @@ Moment = Callable[[Vector, Vector], Vector]
 """(v, D^2) -> next v, 1-D of one size and dtype; it may write into D^2."""
 
 
+_Into = Callable[[Vector, OptimizerState, Vector, Vector], tuple[Vector, OptimizerState]]
+
+
 def sgd(lr: float = 1.0) -> ServerOptimizer:
     """x = x + lr * D. With lr 1 the model becomes the mean of the sites' models.
 
@@ -56,13 +59,15 @@ def momentum(lr: float = 1.0, beta: float = 0.9) -> ServerOptimizer:
     _require_lr(lr)
     require(0 <= beta < 1, "beta", beta, "a number at least 0 and below 1")
 
-    def step(state: OptimizerState, model: Vector, update: Vector) -> tuple[Vector, OptimizerState]:
+    def into(
+        moved: Vector, state: OptimizerState, model: Vector, update: Vector
+    ) -> tuple[Vector, OptimizerState]:
         velocity = np.multiply(state["v"], np.array(beta, model.dtype))
         np.add(velocity, update, velocity)
-        moved = np.multiply(velocity, np.array(lr, model.dtype))
+        np.multiply(velocity, np.array(lr, model.dtype), moved)
         return np.add(model, moved, moved), {"v": velocity}
 
-    return ServerOptimizer(lambda model: {"v": np.zeros_like(model)}, step)
+    return _both(lambda model: {"v": np.zeros_like(model)}, into)
 
 
 def adagrad(lr: float, beta1: float = 0.9, tau: float = 1e-8) -> ServerOptimizer:
@@ -119,8 +124,10 @@ def _adaptive(second: Moment, lr: float, beta1: float, tau: float) -> ServerOpti
     def init(model: Vector) -> OptimizerState:
         return {"m": np.zeros_like(model), "v": np.full_like(model, tau**2)}
 
-    def step(state: OptimizerState, model: Vector, update: Vector) -> tuple[Vector, OptimizerState]:
-        moved, m, v = np.empty_like(model), np.empty_like(model), np.empty_like(model)
+    def into(
+        moved: Vector, state: OptimizerState, model: Vector, update: Vector
+    ) -> tuple[Vector, OptimizerState]:
+        m, v = np.empty_like(model), np.empty_like(model)
 
         def work(start: int, stop: int) -> None:
             for i in pieces(start, stop, CACHE_BYTES // model.itemsize):
@@ -131,4 +138,16 @@ def _adaptive(second: Moment, lr: float, beta1: float, tau: float) -> ServerOpti
         on_spans(work, model.size)
         return moved, {"m": m, "v": v}
 
-    return ServerOptimizer(init, step)
+    return _both(init, into)
+
+
+def _both(init: Callable[[Vector], OptimizerState], into: _Into) -> ServerOptimizer:
+    """An optimizer of a function that writes the next model into its first argument, which may be the update."""
+
+    def step(state: OptimizerState, model: Vector, update: Vector) -> tuple[Vector, OptimizerState]:
+        return into(np.empty_like(model), state, model, update)
+
+    def step_over(state: OptimizerState, model: Vector, update: Vector) -> tuple[Vector, OptimizerState]:
+        return into(update, state, model, update)
+
+    return ServerOptimizer(init, step, step_over)

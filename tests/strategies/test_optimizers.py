@@ -3,6 +3,7 @@
 import math
 import tracemalloc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +125,24 @@ def test_sgd_over_the_update_gives_the_same_bytes_in_its_memory(lr: float, dtype
     assert moved is updates[0]
     assert model.tobytes() == before.tobytes()
     assert state == {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("make", [momentum, adagrad, adam, yogi])
+def test_a_step_over_the_update_is_the_same_step(make: Any, dtype: str) -> None:
+    """Bit for bit over several rounds, the model in the update's memory; neither model nor state before is touched."""
+    optimizer = make(0.1)
+    model, updates = rounds(dtype, 4)
+    state = optimizer.init(model)
+    for update in updates:
+        before = [model.tobytes(), *(state[name].tobytes() for name in sorted(state))]
+        right, expected = optimizer.step(state, model, update.copy())
+        moved, found = optimizer.step_over(state, model, update)
+        assert moved is update
+        assert moved.tobytes() == right.tobytes()
+        assert {k: v.tobytes() for k, v in found.items()} == {k: v.tobytes() for k, v in expected.items()}
+        assert [model.tobytes(), *(state[name].tobytes() for name in sorted(state))] == before
+        model, state = moved, found
 
 
 def test_sgd_of_one_gives_the_mean_model() -> None:
