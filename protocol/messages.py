@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -82,8 +82,22 @@ class Instruction:
 
     def to(self, site: str) -> Instruction:
         """The copy for one site, with that site's own nonce, so that no site can answer for another."""
-        admitted = self.counted.get(site, 0)
-        return replace(self, site=site, nonce=self.nonce_for(site), admitted=admitted, counted={})
+        # not `replace`, which takes three times as long: a simulation makes one for every client
+        return Instruction(
+            self.federation,
+            self.run,
+            self.round,
+            self.attempt,
+            self.kind,
+            self.study,
+            self.model,
+            self.layout,
+            self.nonce_for(site),
+            self.expires,
+            self.payload,
+            site,
+            self.counted.get(site, 0),
+        )
 
     def nonce_for(self, site: str) -> str:
         """The nonce that `site` must echo: SHA-256 of the cohort's nonce and the site's name."""

@@ -65,6 +65,11 @@ class Gate:
         segments = (self.layout["shared"], self.layout["control"])
         return {segment.kind: segment for segment in segments if segment.size}
 
+    @cached_property
+    def _most(self) -> dict[str, float]:
+        """The largest norm of each segment's update."""
+        return {kind: largest_norm(segment) for kind, segment in self._wanted.items()}
+
     def check(self, answer: Answer) -> Admitted | str:
         """The admitted answer, or the reason why it is left out."""
         return self.misaddressed(answer) or self.content(answer)
@@ -135,7 +140,7 @@ class Gate:
         wrong = shape_problem(vectors, self._wanted)
         if wrong:
             return wrong
-        if answer.payload.opaque or (set(answer.payload.statistics) != self._bits):
+        if answer.payload.opaque or answer.payload.statistics.keys() != self._bits:
             return "sends content that the study does not declare"
         if any(bit.shape != () or float(bit) not in (0.0, 1.0) for bit in answer.payload.statistics.values()):
             return "says neither that its update was clipped nor that it was not"
@@ -146,8 +151,7 @@ class Gate:
         """The norm of the shared update, NaN where it was only bounded; or why these vectors are left out."""
         measured, longest = math.nan, self._longest
         exact = self.norms or longest < math.inf
-        for kind, segment in self._wanted.items():
-            most = largest_norm(segment)
+        for kind, most in self._most.items():
             if not exact and _well_below(vectors[kind], most):
                 continue
             value = norm(vectors[kind])
