@@ -36,7 +36,8 @@ def vector(seed: int, size: int, dtype: str) -> Vector:
 vectors = st.builds(vector, st.integers(0, 2**32), st.integers(0, 40), st.sampled_from(["<f4", "<f8"]))
 rounds = st.builds(
     Round, st.integers(0, 10**6), st.integers(0, 99), st.lists(names, max_size=4).map(tuple), counts,
-    st.dictionaries(names, names, max_size=3), names, numbers, names,
+    st.dictionaries(names, names, max_size=3), names, numbers, names, st.integers(0, 99),
+    st.dictionaries(names, names, max_size=2), st.dictionaries(names, names, max_size=2),
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from consortium.protocol.files import private_folder
 from consortium.protocol.layout import digest_of
 from consortium.protocol.messages import Instruction
 from consortium.protocol.study import Study
-from consortium.server import run_process
+from consortium.server import run_process, running
 from consortium.server.child import COMMAND
 from consortium.server.model import load_model
 from consortium.simulations import simulate
@@ -257,6 +257,22 @@ def test_a_process_that_keeps_dying_fails_its_run_with_its_last_words(tmp_path: 
         assert (tmp_path / "runs" / RUN / "log.txt").read_text().count("disk on fire") == 4
         with pytest.raises(RefusedError, match="consortium study start breast-cancer"):
             one.runs.resume(NAME)
+
+
+def test_a_process_that_is_killed_again_and_again_is_given_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What kills it may pass: each new start comes later, and the run says so meanwhile; after the last it fails."""
+    monkeypatch.setattr(running, "PAUSES", (0.0, 0.2, 0.4, 0.8, 1.6))
+    script = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with world(tmp_path, STUDY, (sys.executable, "-c", script)) as one:
+        began = time.monotonic()
+        one.start()
+        state, why = one.until(RUN, "failed")
+        assert (state, time.monotonic() - began > 3.0) == ("failed", True)
+        assert why.startswith("its process was ended by SIGKILL; it died 6 times without a commit")
+        told = [event["why"] for event in one.runs.events(RUN, 0, 0)["events"] if event["state"] == "running"]
+        assert told[-1] == "its process was ended by SIGKILL; it is started again"
 
 
 def test_a_failed_run_is_resumed_from_its_last_commit(quick: World) -> None:
