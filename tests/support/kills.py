@@ -109,9 +109,10 @@ class Kept:
     def _loop(self) -> None:
         while not self._ended.wait(0.02):
             for site in list(self._federation.places):
-                for path in self._federation.home(site).state.glob("*.safetensors"):
-                    with suppress(OSError):  # it is removed
-                        self._copy(site, path)
+                with suppress(OSError):  # it is removed
+                    for path in self._federation.home(site).state.iterdir():
+                        if not path.name.startswith("."):  # one that is only being written
+                            self._copy(site, path)
 
     def _copy(self, site: str, path: Path) -> None:
         with path.open("rb") as file:
@@ -234,6 +235,7 @@ def _check_site(site: str, kept: store.Kept, rounds: Sequence[Round], right: Rep
     assert state.keys() == right.states[site].keys(), site
     for kind, vector in right.states[site].items():
         assert state[kind].tobytes() == vector.tobytes(), f"{site}: its {kind} is out of step"
+    assert kept.last is not None, f"{site}: what it kept was not seen"
     asked = [question for question, _ in kept.given]
     assert len(set(asked)) == len(asked), f"{site} answered twice: {asked}"
     given = dict(kept.given)
