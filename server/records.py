@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, Protocol
 
 from consortium.privacy.mechanisms import Mechanism, mechanism_of
 from consortium.protocol.layout import Layout, Vector
 from consortium.protocol.messages import Statistics
 from consortium.protocol.study import Study
+from consortium.server.compact import Numbers, shared, table, words
 from consortium.strategies.base import OptimizerState, Strategy
+
+_NONE: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ class Evaluation:
     sites: Mapping[str, Mapping[str, float]]
     reliability: tuple[tuple[float, float, float], ...] = ()
 
+    def __post_init__(self) -> None:
+        keep = partial(object.__setattr__, self)  # they are many, and last as long as the run
+        keep("pooled", Numbers(self.pooled))
+        keep("sites", table(self.sites))
+
 
 @dataclass(frozen=True)
 class Round:
@@ -85,6 +93,14 @@ class Round:
     unseen: int = 0
     aside: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        keep = partial(object.__setattr__, self)  # as above
+        keep("asked", shared(self.asked))
+        keep("admitted", Numbers(self.admitted))
+        keep("left_out", words(self.left_out))
+        keep("aside", words(self.aside) if self.aside else _NONE)
+        keep("notes", words(self.notes) if self.notes else _NONE)
 
 
 @dataclass(frozen=True)

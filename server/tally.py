@@ -174,7 +174,7 @@ def variate_shares(reducer: Reducer, rounds: Sequence[Round]) -> tuple[float, fl
         weights = [_counts(reducer, known[site]) for site in sorted(known)]
         return sum(weights) + unseen * (sum(weights) / len(weights) if weights else 1.0)
 
-    admitted, unseen = rounds[-1].admitted, rounds[-1].unseen
+    admitted, unseen = dict(rounds[-1].admitted), rounds[-1].unseen
     new = admitted.keys() - {
         site for one in rounds[:-1] if one.round and not one.void for site in one.admitted
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def exact(value: Any) -> Any:
         return (value.dtype.str, value.shape, value.tobytes())
     if isinstance(value, float):
         return "NaN" if math.isnan(value) else (value, math.copysign(1, value))
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return [(key, exact(one)) for key, one in value.items()]
     if isinstance(value, list | tuple):
         return [exact(one) for one in value]
