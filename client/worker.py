@@ -115,7 +115,7 @@ def _initial(study: Study, folder: Path, control_variates: bool) -> None:
 
 
 def _export(study: Study, folder: Path, control_variates: bool) -> None:
-    from safetensors.numpy import save
+    from safetensors.numpy import save_file
 
     from consortium.client.task import task_of
     from consortium.client.tracing import BATCHES, signature_document, trace
@@ -133,9 +133,10 @@ def _export(study: Study, folder: Path, control_variates: bool) -> None:
         "consortium.model": digest,
         "consortium.layout": net.layout.digest,
     }
+    tensors = {name: value.contiguous().numpy() for name, value in net.module.state_dict().items()}
     # One key: several would be written in an order that changes from run to run.
-    tensors = {name: np.array(value.numpy()) for name, value in net.module.state_dict().items()}
-    _write(folder, "model.safetensors", save(tensors, {"consortium": canonical(labels).decode()}))
+    save_file(tensors, folder / "model.safetensors", {"consortium": canonical(labels).decode()})
+    del tensors, shared
     if "onnx" in study.export.formats:
         traced = trace(task, net.module, sums, labels)
         _write(folder, "model.onnx", traced.onnx)
@@ -154,10 +155,10 @@ def _vector(path: Path, layout: Layout, kind: Kind) -> Vector:
             f"the model has parts that stay at the sites ({names}), so the server's model alone is not whole; "
             "export it with a site's own parts"
         )
-    vector: Vector = np.fromfile(path, segment.numpy_dtype)
-    if len(vector) != segment.size:
-        raise InputError(f"{path.name}: has {len(vector)} numbers; the study's model has {segment.size}")
-    return vector
+    count, size = path.stat().st_size, segment.numpy_dtype.itemsize
+    if count != segment.size * size:
+        raise InputError(f"{path.name}: has {count / size:g} numbers; the study's model has {segment.size}")
+    return np.memmap(path, segment.numpy_dtype, "r").view(np.ndarray)
 
 
 def _write(folder: Path, name: str, content: bytes) -> None:

@@ -15,7 +15,20 @@ def keep_freed_memory() -> None:
     and on a virtual machine that gives freed memory back to its host more time than the arithmetic. The process's
     memory stays at its peak instead.
     """
+    _mallopt(_MMAP_MAX, 0)
+    _mallopt(_TRIM_THRESHOLD, -1)  # none
+
+
+def give_freed_memory_back() -> None:
+    """Undo `keep_freed_memory`, and give what is free to the system now."""
+    _mallopt(_MMAP_MAX, 1 << 16)
+    _mallopt(_TRIM_THRESHOLD, 1 << 17)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _mallopt(parameter: int, value: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, -1)  # none
+        mallopt(parameter, value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
 import tempfile
@@ -37,6 +38,12 @@ Sign = Callable[[bytes, bytes], Mapping[str, Any] | None]
 """From a manifest and the lineage that it lists to the signature's document, or None where nobody signs."""
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 """How far onnxruntime may be from torch, as a share of the larger of 1 and the torch model's answer."""
+
+
+_PIECE = 1 << 18
+"""Numbers that are compared at a time."""
+
+Content = bytes | mmap.mmap
 
 
 @dataclass(frozen=True)
@@ -78,22 +85,23 @@ def export(
     with exchange() as folder:
         _give(folder, outcome.model, local, outcome.state.statistics)
         run("export", study, plan.strategy.local, folder, timeout=timeout, trusted=trusted)
-        weights = _read(folder, WEIGHTS)
-        _same_weights(weights, plan.layout["shared"], outcome.model)
+        weights = _mapped(folder, WEIGHTS)
+        _same_weights(folder / WEIGHTS, plan.layout["shared"], outcome.model)
         contract = _contract(plan, outcome)
-        files: dict[str, bytes] = {}
+        files: dict[str, Content] = {}
         if "safetensors" in study.export.formats:
             files[WEIGHTS] = weights
         if "onnx" in study.export.formats:
-            files[ONNX] = _read(folder, ONNX)
+            files[ONNX] = _mapped(folder, ONNX)
             signature = json.loads(_read(folder, "signature.json"))
-            error = parity(files[ONNX], signature["outputs"], folder)
+            error = parity(folder / ONNX, signature["outputs"], folder)
             contract |= {"opset": OPSET, **signature, "parity": {"largest_error": error}}
             contract["decisions"] = _decisions(signature["outputs"])
-    contract["files"] = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
-    files |= _documents(plan, outcome, contract)
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
-    files |= _sealed(hashes, files[LINEAGE], plan.federation, sign)
+    made = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
+    contract["files"] = made
+    documents = _documents(plan, outcome, contract)
+    hashes = made | {name: hashlib.sha256(content).hexdigest() for name, content in documents.items()}
+    files |= documents | _sealed(hashes, documents[LINEAGE], plan.federation, sign)
     _place(files, destination)
     return Exported(destination, contract)
 
@@ -126,9 +134,9 @@ def _sealed(hashes: Mapping[str, str], came: bytes, federation: str, sign: Sign 
 
 
 def _give(folder: Path, model: Vector, local: Vector | None, statistics: Statistics) -> None:
-    (folder / "model.bin").write_bytes(np.ascontiguousarray(model).tobytes())
+    np.ascontiguousarray(model).tofile(folder / "model.bin")
     if local is not None:
-        (folder / "local.bin").write_bytes(np.ascontiguousarray(local).tobytes())
+        np.ascontiguousarray(local).tofile(folder / "local.bin")
     arrays: dict[str, Any] = {name: sums for name, sums in statistics.items() if name not in RESERVED}
     np.savez(folder / "statistics.npz", allow_pickle=False, **arrays)
 
@@ -140,15 +148,40 @@ def _read(folder: Path, name: str) -> bytes:
         raise ConsortiumError(f"export: the worker left no {name}") from error
 
 
-def _same_weights(weights: bytes, segment: Segment, model: Vector) -> None:
-    """The worker must have exported the model that it was given, bit for bit."""
-    from safetensors.numpy import load
+def _mapped(folder: Path, name: str) -> Content:
+    """A large file that the worker left; in memory only so far as it is looked at."""
+    try:
+        with (folder / name).open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise ConsortiumError(f"export: the worker left no {name}") from error
 
-    arrays = load(weights)
-    for name, expected in segment.split(model).items():
-        found = arrays.get(name)
-        if found is None or found.dtype != expected.dtype or found.tobytes() != expected.tobytes():
-            raise IntegrityError(f"export: '{name}' in the worker's {WEIGHTS} is not what the run committed")
+
+def _same_weights(weights: Path, segment: Segment, model: Vector) -> None:
+    """The worker must have exported the model that it was given, bit for bit."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="np") as file:
+            names = set(file.keys())
+            for name, expected in segment.split(model).items():
+                found = file.get_tensor(name) if name in names else None  # one array at a time
+                if found is None or found.dtype != expected.dtype or not _same_bytes(found, expected):
+                    raise IntegrityError(
+                        f"export: '{name}' in the worker's {WEIGHTS} is not what the run committed"
+                    )
+    except SafetensorError as error:
+        raise IntegrityError(f"export: the worker's {WEIGHTS} is damaged ({error})") from error
+
+
+def _same_bytes(one: Vector, other: Vector) -> bool:
+    """Whether two arrays have the same bytes; compared in pieces, which take no memory."""
+    if one.size != other.size:
+        return False
+    some, others = one.reshape(-1), other.reshape(-1)
+    return all(
+        some[i : i + _PIECE].tobytes() == others[i : i + _PIECE].tobytes() for i in range(0, one.size, _PIECE)
+    )
 
 
 def _contract(plan: Plan, outcome: Outcome) -> dict[str, Any]:
@@ -180,7 +213,7 @@ def _decisions(outputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parity(graph: bytes, outputs: list[Mapping[str, Any]], folder: Path) -> float:
+def parity(graph: bytes | Path, outputs: list[Mapping[str, Any]], folder: Path) -> float:
     """The largest difference between onnxruntime and the torch model over the worker's probes in `folder`.
 
     As a share of the larger of 1 and the torch model's answer.
@@ -230,7 +263,7 @@ def _difference(what: str, got: NDArray[Any], expected: NDArray[Any]) -> float:
     return error
 
 
-def _place(files: Mapping[str, bytes], destination: Path) -> None:
+def _place(files: Mapping[str, Content], destination: Path) -> None:
     """Write into a folder beside the destination, then rename it: whole or not at all."""
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)

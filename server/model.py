@@ -153,8 +153,8 @@ def verify_weights(folder: Path, files: Mapping[str, bytes]) -> None:
         )
 
 
-def open_graph(graph: bytes, name: str) -> Any:
-    """An onnxruntime session of one thread over the bytes of a graph.
+def open_graph(graph: bytes | Path, name: str) -> Any:
+    """An onnxruntime session of one thread over a graph: its bytes, or its file, which is then not in memory twice.
 
     Raises:
         ConsortiumError: onnxruntime cannot run it.
@@ -166,7 +166,8 @@ def open_graph(graph: bytes, name: str) -> Any:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        source = str(graph) if isinstance(graph, Path) else graph
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except (
         errors.Fail,
         errors.InvalidGraph,

@@ -31,7 +31,7 @@ from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.files import write_private
 from consortium.protocol.layout import Layout, digest_of
 from consortium.protocol.local import ClosedError
-from consortium.protocol.memory import keep_freed_memory
+from consortium.protocol.memory import give_freed_memory_back, keep_freed_memory
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.server import results, worker_process
@@ -99,6 +99,7 @@ def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
             rest=time.sleep,
             name=commits.name,
         )
+    give_freed_memory_back()  # what follows needs other memory, and is done once
     (folder / INITIAL).unlink(missing_ok=True)
     results.write(folder, plan, outcome)
     if outcome.status == "failed":

@@ -349,7 +349,7 @@ def test_other_weights_from_a_worker_are_refused(exported: Path, finished: Any) 
     """A worker that exports another model than the one it was given is found out."""
     from consortium.server.export import _same_weights
 
-    weights = (exported / "model.safetensors").read_bytes()
+    weights = exported / "model.safetensors"
     _same_weights(weights, finished.plan.layout["shared"], finished.outcome.model)
     other = finished.outcome.model.copy()
     other[5] = np.nextafter(other[5], np.float32(9))
