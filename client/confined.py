@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from consortium.client import worker
 
     def confine() -> None:
-        sandbox.limit(size, sandbox.memory())
+        sandbox.limit(size, places.get("memory") or sandbox.memory())
         sys.addaudithook(
             _Telling([*sandbox.needed(), *places["read"], *places["write"], "/dev", "/proc", "/sys"])
         )

@@ -256,7 +256,7 @@ def test_keys_through_ctypes_are_closed_too(site: Site) -> None:
 def test_memory_is_bounded(site: Site) -> None:
     site.with_code("if where == 'data': hoard = [bytearray(1 << 28) for _ in range(100_000)]")
     with pytest.raises((RefusedError, WorkerDied), match=r"[Mm]emory|SIG|exit code"):
-        site.train(seconds=150)
+        site.train()
 
 
 def test_files_are_bounded_also_those_without_a_name(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
