@@ -23,6 +23,7 @@ from typing import Any
 import grpc
 import uvicorn
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from uvicorn.loops.auto import auto_loop_factory
 
 from consortium.protocol import credentials
 from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
@@ -70,7 +71,8 @@ def serve(settings: Settings, ready: Callable[[dict[str, Any]], None]) -> None:
     Raises:
         InputError, IntegrityError, RefusedError: a setting is wrong, or what should be served is refused.
     """
-    asyncio.run(_serve(settings, ready))
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # uvloop's where it is installed
+        runner.run(_serve(settings, ready))
 
 
 async def _serve(settings: Settings, ready: Callable[[dict[str, Any]], None]) -> None:
