@@ -214,7 +214,7 @@ def _print(done: Experiment, page: Path | None, as_json: bool) -> None:
     for trial in done.trials:
         if trial.result.status != "finished":
             typer.echo(
-                f"{trial.strategy}, seed {trial.seed}: {trial.result.status}: {trial.why}"
+                f"{trial.strategy}, seed {trial.seed}: {trial.result.status}: {trial.result.outcome.why}"
                 + (f". All rounds: {page.parent / 'rounds.jsonl'}" if page else ""),
                 err=True,
             )

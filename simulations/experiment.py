@@ -47,21 +47,6 @@ class Trial:
     judged: Judged = "union"
     level: Level | None = None
 
-    @property
-    def why(self) -> str:
-        """Why it did not finish, and who was left out of the last round for what; empty where it finished."""
-        outcome = self.result.outcome
-        if outcome.status == "finished":
-            return ""
-        by_reason: dict[str, list[str]] = {}
-        for site, reason in (outcome.state.rounds[-1].left_out if outcome.state.rounds else {}).items():
-            by_reason.setdefault(reason, []).append(site)
-        some = [
-            ", ".join(sites[:5]) + (f" and {len(sites) - 5} more" if len(sites) > 5 else "") + f": {reason}"
-            for reason, sites in list(by_reason.items())[:5]
-        ]
-        return outcome.why + (f" ({'; '.join(some)})" if some else "")
-
 
 @dataclass(frozen=True)
 class Experiment:

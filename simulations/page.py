@@ -80,7 +80,7 @@ def _notes(experiment: Experiment) -> Iterable[str]:
         yield f'<p class="note">A scripted fault: {escape(fault.site)} {escape(fault.kind)}, {when}.</p>'
     for trial in experiment.trials:
         if trial.result.status != "finished":
-            text = f"{trial.strategy}, seed {trial.seed}: {trial.result.status}: {trial.why}"
+            text = f"{trial.strategy}, seed {trial.seed}: {trial.result.status}: {trial.result.outcome.why}"
             yield f'<p class="bad">{escape(text)}</p>'
     if experiment.stopped:
         yield '<p class="bad">Stopped by hand: strategies and seeds that are not here were not run to their end.</p>'
