@@ -17,6 +17,7 @@ very file, encrypted under "key"), and the same question gets the same answer wi
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import mmap
 import os
@@ -43,6 +44,8 @@ from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.strategies.chosen import strategy_of
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What a disk says that is full, read-only or broken; other errors come of what is read, a study's code among it."""
 LONGEST_REASON = 2000
 OPEN_FILES = 1024
 _PARENT_ENDED = 1  # PR_SET_PDEATHSIG
@@ -72,9 +75,11 @@ def serve(descriptor: int, confine: Callable[[], None]) -> int:
             except ConsortiumError as error:
                 _log.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
                 reply = {"error": _told(str(error).partition("\n")[0], about["source"])}
-            except OSError as error:  # a full disk, mostly
+            except OSError as error:
                 _log.error("%s: cannot be written or read (%s)", error.filename or "a file", error.strerror)
-                reply = {"error": f"the site's disk could not keep the answer ({error.strerror})"}
+                reply = {"error": _failure(error)}
+                if error.errno in DISK:
+                    reply = {"error": f"the site's disk could not keep the answer ({error.strerror})"}
             except Exception as error:  # noqa: BLE001 - it costs this instruction only
                 _log.exception("failed")
                 reply = {"error": _failure(error)}

@@ -223,7 +223,8 @@ def test_files_that_are_not_its_own_are_closed_to_it_at_a_site(site: Site, what:
     """The attempt fails in the code, which then cannot answer; the site's log says what was tried, and where."""
     site.with_code(f"if where == 'data': {DENIED[what]}")
     with pytest.raises(
-        RefusedError, match=r"PermissionError|OSError|Permission denied|not permitted|cross-device"
+        RefusedError,
+        match=r"PermissionError|FileNotFoundError|OSError|Permission denied|not permitted|cross-device",
     ):
         site.train()
     until(site, "")

@@ -73,7 +73,7 @@ def with_study(world: World, **sections: Any) -> Study:
     return study
 
 
-LONG = {"training": {"lr": 0.01, "local_epochs": 2000}}
+LONG = {"training": {"lr": 0.01, "local_epochs": 6000}}
 
 
 def test_a_site_answers_as_in_a_simulation_bit_for_bit(world: World) -> None:

@@ -951,7 +951,7 @@ def test_ten_thousand_slow_connections_of_many_addresses_stay_within_the_caps(
     most, mib, served, slowest = endured(door, known, 10_000, [f"127.0.1.{n}" for n in range(1, 16)])
     assert 400 <= most <= 15 * 32 + 3
     assert mib < 50
-    assert served >= 20
+    assert served >= 5
     assert slowest < 3.0
 
 
