@@ -232,8 +232,8 @@ def _pair(folder: Path) -> tuple[Path, Path]:
     return folder / "bare.pem", folder / "bare.key"
 
 
-def main() -> int:
-    """Exit code 0 where every target is reached."""
+def main() -> None:
+    """Like every benchmark here, it reports what was reached and asserts nothing: times are the machine's."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -244,8 +244,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="consortium-serving-") as name:
         rows, targets = measure(Path(name), 1.0 if given.quick else given.seconds, 1 if given.quick else 3)
     emit(rows, targets, given.json)
-    return 0 if all(target.ok for target in targets) else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
