@@ -100,6 +100,7 @@ def _warm(about: Mapping[str, Any]) -> Worker | None:
     except ConsortiumError:
         return None
     except Exception:  # noqa: BLE001 - of the study's own code; the first instruction will meet it again
+        _log.exception("not ready; the first instruction tries again")
         return None
     return worker
 

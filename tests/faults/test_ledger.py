@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -140,4 +139,3 @@ def test_a_site_killed_at_random_moments_never_shows_less_than_what_left(federat
         for one in account.charges
     }
     federation.admin.post("/v1/studies/killed/stop")
-    shutil.rmtree(federation.folder / "nothing", ignore_errors=True)
