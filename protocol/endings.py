@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from consortium.protocol import statement
 from consortium.protocol.errors import IntegrityError
 from consortium.protocol.messages import canonical
-from consortium.protocol.signing import ENDINGS, sign, verify
+from consortium.protocol.signing import ENDINGS
 
 FORMAT = 1
 OVER, FAILED = "over", "failed"
@@ -38,7 +38,7 @@ def state(
     text = canonical(
         {"format": FORMAT, "federation": federation, "site": site, "nonce": nonce, "runs": dict(runs)}
     )
-    return {"statement": text.decode(), "signature": sign(key, ENDINGS, text).hex()}
+    return statement.signed(key, ENDINGS, text)
 
 
 def signed(document: Mapping[str, Any], keys: Sequence[Ed25519PublicKey]) -> bytes:
@@ -47,18 +47,7 @@ def signed(document: Mapping[str, Any], keys: Sequence[Ed25519PublicKey]) -> byt
     Raises:
         IntegrityError: it is not, or it is malformed.
     """
-    text, signature = document.get("statement"), document.get("signature")
-    if not isinstance(text, str) or not isinstance(signature, str) or len(text) > MAX_STATEMENT:
-        raise IntegrityError("statement of endings: it is malformed")
-    try:
-        content, given = text.encode(), bytes.fromhex(signature)
-    except ValueError as error:
-        raise IntegrityError("statement of endings: it is malformed") from error
-    for key in keys:
-        with suppress(IntegrityError):
-            verify(key, ENDINGS, content, given)
-            return content
-    raise IntegrityError("the statement of endings is not signed by a key of the trust statement")
+    return statement.content(document, keys, ENDINGS, MAX_STATEMENT, "statement of endings")
 
 
 def said(content: bytes, federation: str, site: str, nonce: str, asked: Collection[str]) -> dict[str, str]:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from consortium.protocol import statement
 from consortium.protocol.errors import IntegrityError
 from consortium.protocol.messages import canonical
-from consortium.protocol.signing import EPOCH, sign, verify
+from consortium.protocol.signing import EPOCH
 
 FORMAT = 1
 MAX_STATEMENT = 1024
@@ -29,7 +29,7 @@ MAX_STATEMENT = 1024
 def state(key: Ed25519PrivateKey, federation: str, site: str, epoch: int) -> dict[str, str]:
     """A statement for one site, signed."""
     text = canonical({"format": FORMAT, "federation": federation, "site": site, "epoch": epoch})
-    return {"statement": text.decode(), "signature": sign(key, EPOCH, text).hex()}
+    return statement.signed(key, EPOCH, text)
 
 
 def verified(
@@ -40,15 +40,7 @@ def verified(
     Raises:
         IntegrityError: it is not, it is for somebody else, or it is malformed.
     """
-    text, signature = document.get("statement"), document.get("signature")
-    if not isinstance(text, str) or not isinstance(signature, str) or len(text) > MAX_STATEMENT:
-        raise IntegrityError("statement of the epoch: it is malformed")
-    try:
-        content, given = text.encode(), bytes.fromhex(signature)
-    except ValueError as error:
-        raise IntegrityError("statement of the epoch: it is malformed") from error
-    if not any(_signed(key, content, given) for key in keys):
-        raise IntegrityError("statement of the epoch: it is not signed by a key of the trust statement")
+    content = statement.content(document, keys, EPOCH, MAX_STATEMENT, "statement of the epoch")
     fields = json.loads(content)
     epoch = fields.get("epoch")
     if fields != {"format": FORMAT, "federation": federation, "site": site, "epoch": epoch}:
@@ -58,10 +50,3 @@ def verified(
     if type(epoch) is not int or epoch < 0:
         raise IntegrityError("statement of the epoch: it is malformed")
     return epoch
-
-
-def _signed(key: Ed25519PublicKey, content: bytes, signature: bytes) -> bool:
-    with suppress(IntegrityError):
-        verify(key, EPOCH, content, signature)
-        return True
-    return False
