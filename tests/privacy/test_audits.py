@@ -72,15 +72,16 @@ def test_the_one_run_audit_stays_below_the_claim() -> None:
 def test_the_one_shot_canary_audit_stays_below_the_claim_and_sees_halved_noise() -> None:
     """arXiv 2302.03098: cosines of random canaries with the release are normal; their mean and deviation give epsilon.
 
-    With half the noise the estimate rises above the claim.
+    With half the noise the lower bound rises above the claim.
     """
     claimed = central(2.0)
-    assert one_shot(claimed, 1.0) <= 2.0 * 1.05
+    assert one_shot(claimed, 1.0) <= 2.0
     assert one_shot(claimed, 0.5) > 2.0 * 1.3
 
 
 def one_shot(mechanism: Mechanism, weaker: float) -> float:
-    """The epsilon at delta of telling N(0, s^2) from N(m, s^2), m and s measured over canaries in and out."""
+    """A lower bound of the epsilon at delta of telling N(0, s^2) from N(m, s^2), m and s measured over canaries in and
+    out and each taken four of its standard errors to the safe side: wrong once in some 15,000 runs."""
     rng = np.random.default_rng(12)
     size, repeats = 2000, 4000
     canary, _ = clip(rng.standard_normal(size).astype(np.float32) * 100, mechanism.clip_norm)
@@ -93,6 +94,8 @@ def one_shot(mechanism: Mechanism, weaker: float) -> float:
         sides.append(np.array([float(one @ canary) for one in noisy]))
     gap = sides[1].mean() - sides[0].mean()
     deviation = math.sqrt((sides[0].var() + sides[1].var()) / 2)
+    gap -= 4 * deviation * math.sqrt(2 / repeats)
+    deviation *= 1 + 4 / math.sqrt(4 * repeats)
     from dp_accounting import gaussian_mechanism
 
     return float(gaussian_mechanism.get_epsilon_gaussian(deviation / gap, DELTA))
