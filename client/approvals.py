@@ -21,6 +21,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from consortium.client.home import Home
+from consortium.client.policy import beyond
 from consortium.protocol import bundle as bundles
 from consortium.protocol import chain
 from consortium.protocol.bundle import Bundle
@@ -40,6 +41,7 @@ class Approval:
     """One decision. bundle: SHA-256 (hex) of the bundle; study, settings: its name and digest. data: the data set.
 
     rounds: the most of one run. expires: seconds since the epoch. unconfined: its code may run without a sandbox.
+    epsilon: the most that this study may spend of the data set, all its runs together; None: no limit of its own.
     by: "operator", or "policy" where policy.toml allowed it.
     """
 
@@ -53,6 +55,7 @@ class Approval:
     expires: float
     unconfined: bool = False
     by: str = "operator"
+    epsilon: float | None = None
 
 
 def name_of(federation: str, site: str) -> str:
@@ -166,7 +169,15 @@ class Approvals:
 
 
 def made(
-    home: Home, bundle: Bundle, data: str, *, rounds: int, days: float, now: float, **more: Any
+    home: Home,
+    bundle: Bundle,
+    data: str,
+    *,
+    rounds: int,
+    days: float,
+    now: float,
+    epsilon: float | None = None,
+    **more: Any,
 ) -> Approval:
     """An approval of a bundle at this site.
 
@@ -183,6 +194,10 @@ def made(
     if not 0 < days <= 400:
         raise InputError(f"--days: got {days:g}; a number above 0 and at most 400 would be right")
     config, study = home.config, bundle.study
+    if epsilon is not None and (why := beyond(study, epsilon)):
+        raise InputError(
+            f"--epsilon: got {epsilon:g}, and study '{study.name}' {why}; ask its admin for another"
+        )
     return Approval(
         config.federation,
         config.site,
@@ -192,6 +207,7 @@ def made(
         data,
         rounds,
         now + days * 86400,
+        epsilon=epsilon,
         **more,
     )
 
@@ -221,4 +237,5 @@ def decided(entry: Entry | None) -> str:
         return f"rejected: {entry.body.get('reason', '')}"
     until = time.strftime("%Y-%m-%d", time.localtime(float(entry.body["expires"])))
     by = " by policy.toml" if entry.body.get("by") == "policy" else ""
-    return f"approved{by} for {entry.body['rounds']} rounds until {until}"
+    most = f", epsilon {entry.body['epsilon']:g}" if entry.body.get("epsilon") is not None else ""
+    return f"approved{by} for {entry.body['rounds']} rounds{most} until {until}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from consortium.client.home import Home
-from consortium.privacy.ledger import Ledger, Question, charge_of, ledger_name
+from consortium.privacy.ledger import Budget, Ledger, Question, charge_of, ledger_name
 from consortium.privacy.mechanisms import mechanism_of
 from consortium.protocol import wire
 from consortium.protocol.chain import Head, Witness, check_witness
@@ -25,6 +25,9 @@ from consortium.protocol.keys import Lock
 from consortium.protocol.messages import Instruction
 from consortium.protocol.study import Study
 from consortium.protocol.trust import Trust
+
+NO_DELTA = 1e-5
+"""Of a limit where neither the data set nor the study has a delta; such a study is refused by any limit."""
 
 _log = logging.getLogger("consortium.agent")
 
@@ -53,8 +56,10 @@ class Charges:
         self._ledger = ledger_in(home, lock)
         self._shown: Head | None = None
 
-    def charge(self, about: Instruction, study: Study, data: str) -> None:
+    def charge(self, about: Instruction, study: Study, data: str, most: float | None = None) -> None:
         """Charge what an instruction asks to compute over a data set, unless it was charged before.
+
+        most: the epsilon that the study may spend of the data set; None: no limit but the data set's own.
 
         Raises:
             RefusedError: a budget would be passed.
@@ -67,8 +72,11 @@ class Charges:
         if self._shown is None:
             self._show()
         question = Question(about.run, about.round, about.attempt, about.model)
+        limit = None
+        if most is not None:
+            limit = Budget(most, study.privacy.delta or NO_DELTA, study.privacy.unit)
         charged = self._ledger.charge(
-            charge_of(data, question, about.study, mechanism), study.rounds, self._clock()
+            charge_of(data, question, about.study, mechanism), study.rounds, self._clock(), limit
         )
         if charged or self._shown != self._ledger.head:
             self._show()

@@ -7,6 +7,7 @@
     data = "patients"                                      # a data set of `consortium client data list`
     studies = ["heart-*"]                                  # only studies of such names; all where left out
     rounds = 200                                           # only studies of at most so many rounds
+    epsilon = 3.0                                          # the most that one study may spend, all its runs together
 
 Code that a study brings is never allowed here: its operator reviews and approves each such study as it is
 (`consortium client review`).
@@ -14,6 +15,7 @@ Code that a study brings is never allowed here: its operator reviews and approve
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -36,6 +38,7 @@ format = 1
 # data = "patients"          # see: consortium client data list
 # studies = ["heart-*"]      # names of studies; all where left out
 # rounds = 200               # most rounds of one study; any number where left out
+# epsilon = 3.0              # most that one study may spend; then only studies with differential privacy
 """
 
 
@@ -47,6 +50,7 @@ class Rule(BaseModel):
     data: str
     studies: list[str] | None = None
     rounds: Annotated[int, Field(ge=1)] | None = None
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def names(self, study: Study) -> bool:
         """Whether the study's name is one of the rule's."""
@@ -83,13 +87,29 @@ class Policy:
             raise RefusedError(
                 f"policy: no [[allow]] of task = \"{study.task}\" has the name '{study.name}' among its studies"
             )
-        for rule in named:
-            if rule.rounds is None or study.rounds <= rule.rounds:
+        short = [rule for rule in named if rule.rounds is None or study.rounds <= rule.rounds]
+        for rule in short:
+            if rule.epsilon is None or not beyond(study, rule.epsilon):
                 return rule
+        if short:
+            limit = max(rule.epsilon or 0.0 for rule in short)
+            raise RefusedError(
+                f"policy: [[allow]] has epsilon = {limit:g}, and study '{study.name}' {beyond(study, limit)}"
+            )
         most = max(rule.rounds or 0 for rule in named)
         raise RefusedError(
             f"policy: [[allow]] has rounds = {most}, and study '{study.name}' has {study.rounds}"
         )
+
+
+def beyond(study: Study, epsilon: float) -> str:
+    """Why a study does not fit a limit of epsilon; empty where one run of it does."""
+    asked = study.privacy.epsilon
+    if study.privacy.mechanism == "none" or asked is None:
+        return "asks for no differential privacy, so that nothing bounds what it spends"
+    if not 0 < epsilon < math.inf:
+        return f"asks for {asked:g}, where a number above 0 would be right"
+    return f"asks for {asked:g}" if asked > epsilon else ""
 
 
 def load(path: Path) -> Policy:

@@ -77,6 +77,12 @@ def approve(
     data: Data = "",
     rounds: Annotated[int | None, typer.Option(help="The most rounds of a run (the study's).")] = None,
     days: Annotated[float, typer.Option(help="How long this holds.")] = 30.0,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="The most epsilon that this study may spend of the data, all its runs together (the data's budget)."
+        ),
+    ] = None,
     unconfined: Annotated[
         bool,
         typer.Option("--without-sandbox", help="Let its code run although this machine has no sandbox."),
@@ -101,16 +107,27 @@ def approve(
     chosen, _ = desk.data(data, must=True)
     most = bundle.study.rounds if rounds is None else rounds
     now = time.time()
-    approval = made(desk.home, bundle, chosen, rounds=most, days=days, now=now, unconfined=unconfined)
+    approval = made(
+        desk.home, bundle, chosen, rounds=most, days=days, now=now, epsilon=epsilon, unconfined=unconfined
+    )
     desk.approvals.approve(desk.key, bundle, approval, now)
     desk.tell()
     if as_json:
         typer.echo(
-            json.dumps({"study": name, "bundle": bundle.digest, "data": chosen, "expires": approval.expires})
+            json.dumps(
+                {
+                    "study": name,
+                    "bundle": bundle.digest,
+                    "data": chosen,
+                    "expires": approval.expires,
+                    "epsilon": approval.epsilon,
+                }
+            )
         )
         return
     until = time.strftime("%Y-%m-%d", time.localtime(approval.expires))
-    typer.echo(f"study {name}: approved over data '{chosen}', {most} rounds a run, until {until}")
+    limit = f", epsilon {epsilon:g} in all" if epsilon is not None else ""
+    typer.echo(f"study {name}: approved over data '{chosen}', {most} rounds a run{limit}, until {until}")
     typer.echo(f"bundle       {bundle.digest}")
     typer.echo(f"\nTo take it back: consortium client reject {name} --reason TEXT --dir {folder}")
 

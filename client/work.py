@@ -76,7 +76,7 @@ class Answered:
         return os.fstat(self.content.fileno()).st_size
 
 
-Charge = Callable[[Instruction, Study, str], None]
+Charge = Callable[[Instruction, Study, str, float | None], None]
 
 
 class Interrupted(ConsortiumError):  # noqa: N818 - it is what happened, not a mistake
@@ -126,8 +126,8 @@ class _Warm:
 class SiteWork:
     """The real work of a site.
 
-    key: what it keeps is encrypted under. charge: charges what an instruction asks to compute over a data set, before
-    it is computed; raises RefusedError where the site does not.
+    key: what it keeps is encrypted under. charge: charges what an instruction asks to compute over a data set, of which
+    its study may spend so much epsilon, before it is computed; raises RefusedError where the site does not.
     """
 
     def __init__(
@@ -147,8 +147,8 @@ class SiteWork:
         run = given.about.run
         with self._lock:
             self._doing, halts = run, self._halted(run)
-        data, unconfined = self._allowed(given)
-        self._charge(given.about, given.study, data.name)
+        data, unconfined, epsilon = self._allowed(given)
+        self._charge(given.about, given.study, data.name, epsilon)
         for death in range(1, DEATHS + 1):
             process = self._worker(given, data, unconfined, halts)
             try:
@@ -172,14 +172,14 @@ class SiteWork:
         """How often what was under way for a run has been ended."""
         return self._halts, self._ends[run]
 
-    def _allowed(self, given: Given) -> tuple[Dataset, bool]:
-        """The data that the operator's approval, else the policy, gives to a study; and whether its code needs no
-        sandbox."""
+    def _allowed(self, given: Given) -> tuple[Dataset, bool, float | None]:
+        """The data that the operator's approval, else the policy, gives to a study; whether its code needs no sandbox;
+        and what epsilon it may spend."""
         study = given.study
         if given.bundle is not None:
             approval = self._approvals.allowed(self._public, given.bundle, given.about, time.time())
             if approval is not None:
-                return self._registered(approval.data), approval.unconfined
+                return self._registered(approval.data), approval.unconfined, approval.epsilon
         try:
             rules = policy.load(self._home.policy_file)
         except InputError as error:
@@ -192,7 +192,7 @@ class SiteWork:
         except RefusedError as error:
             _log.warning("%s; to allow it, edit %s", error, self._home.policy_file)
             raise
-        return self._registered(rule.data), False
+        return self._registered(rule.data), False, rule.epsilon
 
     def _registered(self, name: str) -> Dataset:
         try:

@@ -164,13 +164,15 @@ class Ledger:
         body = {"data": data, "epsilon": budget.epsilon, "delta": budget.delta, "unit": budget.unit}
         self._chain.append("budget", body, at)
 
-    def charge(self, charge: Charge, rounds: int, at: float) -> bool:
+    def charge(self, charge: Charge, rounds: int, at: float, most: Budget | None = None) -> bool:
         """Charge a release before it is computed; False where this very question was charged before.
 
-        rounds: of the study, which never releases more often than its epsilon was calibrated for.
+        rounds: of the study, which never releases more often than its epsilon was calibrated for. most: what this study
+        may spend of the data set, all its runs together, at the delta and per unit of the data set's budget where that
+        has one.
 
         Raises:
-            RefusedError: the data set's budget, or the study's own epsilon, would be passed. Nothing is charged.
+            RefusedError: the data set's budget, the study's own epsilon or `most` would be passed. Nothing is charged.
             IntegrityError: the file is not what it was.
             OSError: it cannot be written. Nothing may be computed.
         """
@@ -181,6 +183,8 @@ class Ledger:
         if any(one.question == charge.question for one in same_run):
             return False
         _check(account, charge, len(same_run), rounds)
+        if most is not None:
+            _check_study(account, charge, most)
         kind = "unbounded" if charge.release is None else "charge"
         self._chain.append(kind, _body(charge), at)
         return True
@@ -208,6 +212,24 @@ def _check(account: Account, charge: Charge, before: int, rounds: int) -> None:
         raise RefusedError(
             f"{OVER}: this round would bring epsilon to {shown} at delta {budget.delta:g} per {budget.unit} "
             f"({after.sampling}), and the site's budget is {budget.epsilon:g}"
+        )
+
+
+def _check_study(account: Account, charge: Charge, most: Budget) -> None:
+    """Raises RefusedError where the charge would bring what its study spends of the data set beyond `most`."""
+    if charge.release is None:
+        raise RefusedError(
+            f"{OVER}: the study asks for no differential privacy, and is allowed epsilon {most.epsilon:g} here, which "
+            "nothing bounds then"
+        )
+    site = account.budget or most
+    own = tuple(one for one in account.charges if one.study == charge.study)
+    after = Account(account.data, own).spent(site.unit, site.delta, [charge])
+    if after.epsilon > most.epsilon:
+        shown = "infinite" if math.isinf(after.epsilon) else f"{after.epsilon:.3f}"
+        raise RefusedError(
+            f"{OVER}: this round would bring what the study spends here to epsilon {shown} at delta "
+            f"{site.delta:g} per {site.unit}, and it is allowed {most.epsilon:g}"
         )
 
 

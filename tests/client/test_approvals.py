@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from site_world import SITE, World
 
-from consortium.client.approvals import APPROVED, Approval, Approvals, made
+from consortium.client.approvals import APPROVED, Approval, Approvals, decided, made
 from consortium.client.review import document, page
 from consortium.client.work import Given, SiteWork
 from consortium.protocol import bundle, chain
@@ -239,6 +240,37 @@ def test_limits_that_are_none_are_refused(desk: Desk) -> None:
     for rounds, days, says in ((4, 30, "has 5"), (0, 30, "--rounds"), (5, 0, "--days"), (5, 500, "--days")):
         with pytest.raises(InputError, match=says):
             made(desk.home, packed(), "patients", rounds=rounds, days=days, now=NOW)
+
+
+PRIVATE = STUDY + '[privacy]\nmechanism = "dp-sgd"\nepsilon = 3.0\ndelta = 1e-5\nclip_norm = 1.0\n'
+
+
+def test_an_approvals_epsilon_reaches_the_ledger_before_anything_is_computed(desk: Desk) -> None:
+    """No worker is started: there is none in this world, and the charge comes first."""
+    one, told = packed(PRIVATE), list[float | None]()
+
+    def charge(about: object, study: object, data: str, most: float | None) -> None:
+        told.append(most)
+        raise RefusedError("privacy budget: spent")
+
+    work = SiteWork(desk.home, desk.home.data_key(desk.home.lock()), desk.approvals, desk.public, charge)
+    approval = made(desk.home, one, "patients", rounds=5, days=1, now=time.time(), epsilon=4.0)
+    desk.approvals.approve(desk.key, one, approval, NOW)
+    with pytest.raises(RefusedError, match="spent"):
+        work.answer(Given(b"", desk.asked(one), None, one.study, bundle=one))
+    assert told == [4.0]
+    assert "epsilon 4" in decided(desk.approvals.last(desk.public, one.digest))
+
+
+@pytest.mark.parametrize(
+    ("study", "epsilon", "says"),
+    [(STUDY, 3.0, "no differential privacy"), (PRIVATE, 2.9, "asks for 3"), (PRIVATE, 0.0, "asks for 3")],
+)
+def test_an_epsilon_that_the_study_cannot_keep_is_not_approved(
+    desk: Desk, study: str, epsilon: float, says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        made(desk.home, packed(study), "patients", rounds=5, days=1, now=NOW, epsilon=epsilon)
 
 
 def test_a_review_shows_code_imports_reaches_and_what_is_new(desk: Desk) -> None:

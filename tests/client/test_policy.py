@@ -63,6 +63,21 @@ def test_a_refusal_names_the_rule_that_is_missing(rule: Rule, text: str) -> None
     assert "'d'" not in str(caught.value)
 
 
+def test_a_rule_with_an_epsilon_allows_studies_within_it_alone() -> None:
+    """And none without differential privacy, of which nothing bounds what it spends."""
+    rule = Rule(task=CLASSIFIER, data="d", epsilon=3.0)
+    private = STUDY.with_(
+        privacy={"mechanism": "dp-sgd", "epsilon": 3.0, "delta": 1e-5, "clip_norm": 1.0},
+    )
+    assert Policy((rule,)).rule_for(private) == rule
+    for study, says in (
+        (private.with_(privacy={"epsilon": 3.1}), "asks for 3.1"),
+        (STUDY, "asks for no differential privacy"),
+    ):
+        with pytest.raises(RefusedError, match=f"epsilon = 3, and study 'breast-cancer' {says}"):
+            Policy((rule,)).rule_for(study)
+
+
 def test_own_code_is_refused_whatever_the_policy_says() -> None:
     """Also where a rule bears its name."""
     study = STUDY.with_(

@@ -2,13 +2,14 @@
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from consortium.privacy.accounting import Release, Unit, spent
-from consortium.privacy.ledger import Account, Budget, Charge, Ledger, Question, seen_by
+from consortium.privacy.ledger import OVER, Account, Budget, Charge, Ledger, Question, seen_by
 from consortium.protocol.errors import InputError, IntegrityError, RefusedError
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -188,3 +189,25 @@ def test_an_entry_of_another_version_stops_everything(tmp_path: Path) -> None:
     book._chain.append("surprise", {"data": "patients"}, 1.0)
     with pytest.raises(IntegrityError, match="does not know"):
         book.accounts()
+
+
+def test_what_one_study_may_spend_is_counted_over_its_runs_and_apart_from_others(tmp_path: Path) -> None:
+    """At the data set's own delta and unit where it has a budget; a study without a mechanism is bounded by nothing."""
+    book, one = ledger(tmp_path), charge(1)
+    alone = Account("patients").spent("record", 1e-5, [one]).epsilon
+    twice = Account("patients", (one,)).spent("record", 1e-5, [one]).epsilon
+    most = Budget((alone + twice) / 2, 1e-5, "record")
+    assert book.charge(replace(charge(1, "other.run"), study="another"), 9, 1.0)
+    assert book.charge(one, 9, 1.0, most)
+    assert not book.charge(one, 9, 1.0, most), "the same question costs nothing"
+    with pytest.raises(RefusedError, match="what the study spends here to epsilon") as error:
+        book.charge(charge(1, "another.run"), 9, 1.0, most)
+    assert (error.value.exit_code, str(error.value).startswith(OVER)) == (3, True)
+    assert len(book.accounts()["patients"].charges) == 2, "nothing is charged"
+    book.allow("patients", Budget(100.0, 1e-12, "record"), 1.0)
+    with pytest.raises(RefusedError, match="at delta 1e-12"):
+        book.charge(charge(2, "third.run"), 9, 1.0, replace(most, epsilon=twice))
+    with pytest.raises(RefusedError, match="nothing bounds"):
+        book.charge(
+            replace(one, question=Question("free.run", 1, 0, "m"), release=None, data="free"), 9, 1.0, most
+        )
