@@ -75,6 +75,7 @@ class AdminDoor:
             _Route("GET", "/v1/studies/*/events", "viewer", self._events),
             _Route("POST", "/v1/studies", "researcher", lambda request, _: self._submit(request)),
             _Route("POST", "/v1/studies/*/start", "admin", lambda _, name: {"run": runs.start(name)}),
+            _Route("POST", "/v1/studies/*/rerun", "admin", self._rerun),
             _Route("POST", "/v1/studies/*/stop", "admin", lambda _, name: self._tell(runs.stop, name)),
             _Route("POST", "/v1/studies/*/pause", "admin", lambda _, name: self._tell(runs.pause, name)),
             _Route("POST", "/v1/studies/*/resume", "admin", lambda _, name: self._tell(runs.resume, name)),
@@ -130,6 +131,12 @@ class AdminDoor:
         self._archive.submit(found)
         self._exchange.nudge()
         return {"study": study.name, "digest": study.digest, "bundle": found.digest}
+
+    def _rerun(self, request: Request, name: str) -> dict[str, Any]:
+        without = _document(request).get("without")
+        if not isinstance(without, list) or not all(isinstance(site, str) for site in without):
+            raise InputError("without: a list of names of sites would be right")
+        return self._runs.rerun(name, without, self._roster.joined())
 
     def _show(self, name: str) -> dict[str, Any]:
         return self._runs.show(name)

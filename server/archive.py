@@ -14,7 +14,7 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,8 +195,9 @@ class Archive:
 
     # Runs
 
-    def propose(self, study: str) -> Run:
-        """A new run of a submitted study. Its name, such as breast-cancer.2, is never given again.
+    def propose(self, study: str, of: Run | None = None, without: Collection[str] = ()) -> Run:
+        """A new run of a submitted study, or of the very study of a run before. Its name, such as breast-cancer.2, is
+        never given again. without: sites that it is made without.
 
         Raises:
             InputError: there is no such study.
@@ -209,12 +210,20 @@ class Archive:
                     f"there is no study '{study}'; submit it first: consortium study submit FILE"
                 )
             number = db.execute("SELECT COUNT(*) FROM runs WHERE study = ?", (study,)).fetchone()[0] + 1
-            run = Run(f"{study}.{number}", study, row["digest"], row["text"], PROPOSED, "", now, now)
+            digest, text = (row["digest"], row["text"]) if of is None else (of.digest, of.text)
+            run = Run(f"{study}.{number}", study, digest, text, PROPOSED, "", now, now)
             db.execute(
                 "INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (run.name, study, run.digest, run.text, run.state, run.why, now, now),
             )
+            db.executemany("INSERT INTO left_out VALUES (?, ?)", [(run.name, site) for site in set(without)])
         return run
+
+    def without(self, run: str) -> frozenset[str]:
+        """The sites that a run is made without."""
+        return frozenset(
+            str(r["site"]) for r in self._store.rows("SELECT site FROM left_out WHERE run = ?", run)
+        )
 
     def run(self, name: str) -> Run | None:
         """The run of that name."""

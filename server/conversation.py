@@ -74,6 +74,7 @@ class Conversation:
     """With one process of a run, from its start to its end.
 
     commits: how many it made. approved: the sites that have approved the study now; None where that is not asked.
+    without: sites that are never at hand for this run.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Conversation:
         stage: Stage,
         seal: Seal | None = None,
         approved: Callable[[], set[str]] | None = None,
+        without: frozenset[str] = frozenset(),
     ) -> None:
-        self._seal_with, self._approved = seal, approved
+        self._seal_with, self._approved, self._without = seal, approved, without
         self._run, self._federation, self._study = run, federation, study
         self._child, self._archive, self._exchange, self._stage = child, archive, exchange, stage
         self.commits = 0
@@ -314,11 +316,14 @@ class Conversation:
         if len(known) >= need:
             return ""
         names = f" ({', '.join(sorted(known))})" if known else ""
-        away = [f"{site} ({how})" for site, how in self._exchange.away().items()][:MOST_NAMES]
+        others = {site: how for site, how in self._exchange.away().items() if site not in self._without}
+        away = [f"{site} ({how})" for site, how in others.items()][:MOST_NAMES]
         missing = f"; away: {', '.join(away)}" if away else ""
         what = "connected" if self._approved is None else "connected and have approved it"
         return f"{len(known)} of at least {need} sites are {what}{names}{missing}"
 
     def _willing(self, sites: Iterable[str]) -> set[str]:
-        """Those that may be asked: all, or where the study waits for approvals those that have approved it."""
-        return set(sites) if self._approved is None else set(sites) & self._approved()
+        """Those that may be asked: all but those that the run is made without, and where the study waits for approvals
+        those that have approved it."""
+        found = set(sites) - self._without
+        return found if self._approved is None else found & self._approved()

@@ -169,6 +169,7 @@ class Running:
                     self,
                     self._seal,
                     self._approved(study),
+                    self._archive.without(self._name),
                 )
                 if talk.hold():
                     child.ended.wait(_LEAVING)

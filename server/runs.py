@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from consortium.protocol import bundle
 from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
 from consortium.protocol.files import private_folder
 from consortium.protocol.study import Study
+from consortium.server import rerun
 from consortium.server.approvals import Approvals
 from consortium.server.archive import Archive, Run
 from consortium.server.child import COMMAND
@@ -84,6 +87,30 @@ class Runs:
             InputError: there is no such study.
             RefusedError: a run of it is under way.
         """
+        return self._start(study).name
+
+    def rerun(self, name: str, without: Sequence[str], members: Collection[str]) -> dict[str, Any]:
+        """Begin a run anew of the very study of a run before, without some sites. name: the run's, or its study's for
+        the latest. members: the sites that have joined. `notes` of what it returns says where the model's bits are not
+        those of a run that the sites never joined.
+
+        Raises:
+            InputError: there is no such run, no site is named, or one is unknown.
+            RefusedError: too few sites would be left, or a run of the study is under way.
+        """
+        before = self._find(name)
+        study = Study.parse(before.text, source=f"the study of run '{before.name}'", code=self._code(before))
+        known = {*members, *self._history(before.name).sites}
+        rerun.check(study, before.name, without, known, members)
+        run = self._start(before.study, before, without)
+        said = {"run": run.name, "of": before.name, "without": sorted(set(without))}
+        return {**said, "notes": rerun.notes(study)}
+
+    def _code(self, run: Run) -> Mapping[str, bytes]:
+        content = self._archive.bundle_of(run.digest)
+        return bundle.read(content).files if content is not None else {}
+
+    def _start(self, study: str, of: Run | None = None, without: Collection[str] = ()) -> Run:
         with self._lock:
             before = self._archive.latest(study)
             if before is not None and before.state not in OVER:
@@ -91,9 +118,9 @@ class Runs:
                     f"study '{study}': run '{before.name}' is under way ({before.state}); end it first: "
                     f"consortium study stop {study}"
                 )
-            run = self._archive.propose(study)
+            run = self._archive.propose(study, of, without)
             self._begin(run)
-            return run.name
+            return run
 
     def _begin(self, run: Run) -> None:
         with self._lock:
@@ -190,6 +217,7 @@ class Runs:
             for one in self._archive.studies():
                 if one["name"] == name:
                     nothing: dict[str, Any] = {
+                        "without": [],
                         "sites": {},
                         "evaluation": None,
                         "model": None,
@@ -250,6 +278,7 @@ class Runs:
             "state": run.state,
             "why": run.why,
             "since": run.since,
+            "without": sorted(self._archive.without(run.name)),
             "round": commit.round if commit is not None else 0,
             "rounds": _rounds(run.text),
         }
@@ -258,7 +287,8 @@ class Runs:
         """Those that had a part in a run, and, while it is under way, all that belong to the federation."""
         if run.state in OVER:
             return history.sites
-        return {*history.sites, *self._exchange.connected(), *self._exchange.away()}
+        at_hand = {*self._exchange.connected(), *self._exchange.away()} - self._archive.without(run.name)
+        return {*history.sites, *at_hand}
 
     def _site_state(self, run: Run, site: str) -> str:
         """How a site stands in a run: over, working, ready (it answered, or was not asked), paused, not connected."""

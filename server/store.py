@@ -97,6 +97,11 @@ CREATE TABLE IF NOT EXISTS approvals (  -- decisions of sites, as they signed th
     line TEXT NOT NULL,
     PRIMARY KEY (site, identity, sequence)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS left_out (  -- sites that a run is made without: server/rerun.py
+    run TEXT NOT NULL,
+    site TEXT NOT NULL,
+    PRIMARY KEY (run, site)
+) STRICT;
 CREATE TABLE IF NOT EXISTS ledger_heads (  -- server/ledger_heads.py
     ledger TEXT PRIMARY KEY,      -- name of a site's privacy ledger
     sequence INTEGER NOT NULL,

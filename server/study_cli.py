@@ -134,6 +134,34 @@ def start(name: Name, folder: Folder = None, url: Url = None, as_json: Json = Fa
 
 
 @study.command()
+def rerun(
+    name: Annotated[str, typer.Argument(help="The study's name, for its latest run, or a run's.")],
+    without: Annotated[list[str], typer.Option(metavar="SITE", help="A site to leave out; may be repeated.")],
+    folder: Folder = None,
+    url: Url = None,
+    as_json: Json = False,
+) -> None:
+    """Run a study anew, the very bundle of a run before, without a site: as if it had never joined.
+
+    The site is asked nothing, and unless the study is private or draws cohorts the model is, bit for bit, that of a run
+    which the site never joined. `consortium model affected-by SITE` names the models that hold its updates.
+
+    Example: consortium study rerun breast-cancer --without hospital-2 --dir fed
+    """
+    from consortium.server.admin_client import connect, name_in_path
+
+    said = connect(folder, url).post(f"/v1/studies/{name_in_path(name)}/rerun", without=without)
+    if as_json:
+        typer.echo(json.dumps(said))
+        return
+    typer.echo(f"run {said['run']}: started, as {said['of']}, without {', '.join(said['without'])}")
+    for note in said["notes"]:
+        typer.echo(f"note: {note}")
+    study_name = said["run"].rpartition(".")[0]
+    typer.echo(f"\nNext: consortium study watch {study_name}{_same(folder, url)}")
+
+
+@study.command()
 def watch(name: Name, folder: Folder = None, url: Url = None, as_json: Json = False) -> None:
     """Follow a study's latest run until it is over; exit code 1 where it failed. --json prints a JSON line an event.
     A server that restarts is waited for, ten minutes at most.
@@ -256,6 +284,8 @@ def _page(said: dict[str, Any]) -> str:
         f"run         {said['run'] or 'none yet'}  {_stands(said['state'], said['why'])}",
         f"since       {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(said['since']))}",
     ]
+    if said["without"]:
+        lines.append(f"without     {', '.join(said['without'])}")
     if said["run"]:
         lines.append(f"round       {said['round']} of {said['rounds']}")
     for site, one in said["sites"].items():

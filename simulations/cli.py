@@ -39,6 +39,9 @@ def simulate(
     seeds: Annotated[int, typer.Option(help="How many seeds, counting up from the study's.")] = 1,
     rounds: Annotated[int | None, typer.Option(help="Rounds, in place of the study's.")] = None,
     fault: Annotated[list[str] | None, typer.Option(metavar="SPEC", help=_FAULT)] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="SITE", help="A site to leave out; may be repeated.")
+    ] = None,
     baselines: Annotated[bool, typer.Option(help="Train each site alone and all rows together too.")] = True,
     processes: Annotated[
         int | None, typer.Option(help="Processes (one a core); the result is the same.")
@@ -70,8 +73,8 @@ def simulate(
     with opened(study) as loaded:
         _simulate(
             loaded, files, sites=sites, partition=partition, compare=compare, epsilon=epsilon, seeds=seeds,
-            rounds=rounds, faults=faults, specs=fault or [], baselines=baselines, processes=processes, out=out,
-            as_json=as_json,
+            rounds=rounds, faults=faults, specs=fault or [], without=without or [], baselines=baselines,
+            processes=processes, out=out, as_json=as_json,
         )  # fmt: skip
 
 
@@ -87,6 +90,7 @@ def _simulate(
     rounds: int | None,
     faults: list[Fault],
     specs: list[str],
+    without: list[str],
     baselines: bool,
     processes: int | None,
     out: Path | None,
@@ -104,7 +108,7 @@ def _simulate(
     names = [name for part in compare.split(",") if (name := part.strip())]
     with contextlib.redirect_stdout(sys.stderr):  # what the study's own code prints is no result
         experiment.check(loaded, names, seeds, levels)
-        found = gather(loaded, files, sites, partition, seed=loaded.seed)
+        found = gather(loaded, files, sites, partition, seed=loaded.seed, without=without)
         folder = report.new_folder(out or _default(loaded))
         try:
             with progress.progress(loaded.name) as watch:
@@ -119,6 +123,7 @@ def _simulate(
     options = [f"--sites={sites}"] * (sites is not None) + [f"--partition={partition}"] * bool(partition)
     options += [f"--compare={','.join(names)}"] * bool(names) + [f"--seeds={seeds}"]
     options += [f"--epsilon={epsilon}"] * bool(levels)
+    options += [f"--without={site}" for site in without]
     options += [f"--fault={spec}" for spec in specs] + ["--no-baselines"] * (not baselines)
     try:
         page = report.write(done, folder, report.Origin(options, files))

@@ -6,7 +6,7 @@ found before anything runs, at all sites at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +19,7 @@ from consortium.client import mapping, tables
 from consortium.client.columns import Column
 from consortium.client.site import Rows, rows
 from consortium.client.task import Examples, Source, Task, task_of
-from consortium.protocol.errors import InputError
+from consortium.protocol.errors import InputError, nearest
 from consortium.protocol.sections import IMAGES, REGRESSOR, TASKS
 from consortium.protocol.study import Study
 from consortium.simulations import own_code, partition
@@ -63,7 +63,13 @@ class Sites:
 
 
 def gather(
-    study: Study, data: Sequence[Path], number: int | None = None, spec: str | None = None, *, seed: int = 0
+    study: Study,
+    data: Sequence[Path],
+    number: int | None = None,
+    spec: str | None = None,
+    *,
+    seed: int = 0,
+    without: Collection[str] = (),
 ) -> Sites:
     """Sites over files or folders.
 
@@ -73,6 +79,7 @@ def gather(
     number: sites to split one table into (4), or to ask the study's own task for.
     spec: how to split it, as `partition.parse` reads it ("iid").
     seed: of the split.
+    without: sites that are left out once the data are read and split, so that the others keep their rows.
 
     A row of a split table is held out or not whatever the split, so that all splits are judged by the same rows.
 
@@ -102,12 +109,23 @@ def gather(
         found = _each(data, lambda path: source_of(study, path))
         found = found or [Source(name) for name in partition.names(number or DEFAULT_SITES)]
         sources = _read(task, sorted(found, key=lambda source: source.site))
+    names = [source.site for source in sources]
+    for site in without:
+        if site not in names:
+            raise InputError(
+                f"--without: there is no site '{site}'{nearest(site, names) or ';'} {_known(names)}"
+            )
+    sources = [source for source in sources if source.site not in without]
     if len(sources) < study.cohort.min_sites:
         raise InputError(
             f"study '{study.name}' asks for at least {study.cohort.min_sites} sites, and there are {len(sources)}; "
             "give more data or --sites, or lower [cohort] min_sites"
         )
     return _counted(study, task, Sites(sources, split, seed, {}))
+
+
+def _known(names: Sequence[str]) -> str:
+    return f"sites here: {', '.join(names[:10])}" + (" ..." if len(names) > 10 else "")
 
 
 def source_of(study: Study, path: Path) -> Source:

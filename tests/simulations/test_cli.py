@@ -142,6 +142,26 @@ def test_several_files_are_a_site_each(folder: Path, capsys: pytest.CaptureFixtu
     assert other["strategies"]["fedavg"]["models"] != document["strategies"]["fedavg"]["models"]
 
 
+def test_a_site_that_is_left_out_might_as_well_not_be_there(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--without, in the command and again in rerun.sh: the model of the others' data alone, bit for bit."""
+    whole = table(4)
+    for place, name in enumerate(("north", "south", "east")):
+        whole.iloc[place::3].to_csv(folder / f"{name}.csv", index=False)
+    options = ("--json", "--no-baselines", *QUICK)
+    files = ("north.csv", "south.csv", "east.csv")
+    code, out, err = run(
+        capsys, "study.toml", "--data", *files, "--without", "south", "--out", "out", *options
+    )
+    assert code == 0, err
+    _, alone, _ = run(capsys, "study.toml", "--data", "north.csv", "east.csv", "--out", "alone", *options)
+    one, other = json.loads(out), json.loads(alone)
+    assert list(one["sites"]) == list(other["sites"]) == ["east", "north"]
+    assert models(folder / "out") == models(folder / "alone")
+    assert "--without=south" in (folder / "out" / "rerun.sh").read_text()
+
+
 def test_a_failed_run_exits_with_1_and_says_why(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three of four sites drop out in every round: results are written, and the reason is on stderr."""
     faults = [option for site in (1, 2, 3) for option in ("--fault", f"site-{site}:decline:1-2")]
@@ -328,6 +348,8 @@ def bad(name: str, folder: Path) -> None:
         ("", "--data all.csv --fault site-1:dorp", ["did you mean 'drop'"]),
         ("", "--data all.csv --fault site-11:drop --processes 0", ["no site 'site-11'"]),
         ("", "--data all.csv --fault site-1:drop:5-9", ["site-1", "5 to 9", "no round", "of 3 rounds"]),
+        ("", "--data all.csv --without site-9", ["no site 'site-9'", "sites here: site-1, site-2"]),
+        ("", "--data all.csv --sites 2 --without site-1", ["at least 2 sites", "there are 1"]),
         ("", "--data all.csv --compare fedavg fedprox", ["--compare fedavg,fedprox"]),
         ("", "--data a.csv,b.csv", ["a.csv,b.csv", "--data a.csv b.csv"]),
         ("spreadsheet", "--data all.csv", ["all.csv", "no text", "spreadsheet"]),
