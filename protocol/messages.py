@@ -111,6 +111,7 @@ class Answer:
     status: "done", or "declined" with a `reason` that the admin may read.
     weight: how much the update counts before the study's cap, usually the number of examples; >= 0.
     metrics: counts from which metrics of the *received* model are computed; empty where the site has no holdout.
+    sha256: (hex) of the content as it came over the wire, "" where nothing did; no part of what is encoded.
     """
 
     run: str
@@ -125,6 +126,7 @@ class Answer:
     weight: float = 0.0
     payload: Payload = field(default_factory=Payload)
     metrics: Statistics = field(default_factory=dict)
+    sha256: str = field(default="", compare=False)
 
     @staticmethod
     def to_instruction(instruction: Instruction, **values: Any) -> Answer:
@@ -297,7 +299,7 @@ def assemble(parsed: Header, content: bytes | memoryview) -> Message:
     fields: dict[str, Any] = dict(parsed.fields)
     if parsed.type == "instruction":
         return Instruction(**fields, payload=payload)
-    return Answer(**fields, payload=payload, metrics=tables["metric"])
+    return Answer(**fields, payload=payload, metrics=tables["metric"], sha256=parsed.sha256)
 
 
 def parse(header: bytes) -> Header:

@@ -16,15 +16,18 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from consortium.protocol.errors import ConsortiumError, IntegrityError
 from consortium.protocol.sealed import DataKey, Piece, Sealed, is_sealed, sealing
-from consortium.server.records import Evaluation, Round, RunState
+from consortium.server.records import Evaluation, Past, Round, RunState
 
 FORMAT = 1
 CHUNK = 1 << 20
@@ -34,21 +37,71 @@ MAX_DOCUMENT = 1 << 28
 _MAGIC = b"CSCP"
 _TRAILER = 8 + len(_MAGIC)
 _KINDS = "fiub"
+T = TypeVar("T")
 
 Named = tuple[str, str, NDArray[Any], str]
 """Place, name, array, and its SHA-256 where that is known already, else ""."""
 
 
+class _More(NamedTuple):
+    """What a file is to hold of one kind of record.
+
+    about: its part in the document, without its place. length: bytes. lines: how many. sha: of all of them.
+    """
+
+    about: Mapping[str, Any]
+    pieces: Iterable[Piece]
+    length: int
+    lines: int
+    sha: Any
+
+
+class _Lines(Generic[T]):
+    """The lines of one kind of record in a checkpoint file that stays open: in memory they would grow with the run."""
+
+    def __init__(self, file: _File, start: int, held: _More, record: Callable[[Any], T]) -> None:
+        self._file, self._start, self._record = file, start, record
+        self.length, self.count, self.sha = held.length, held.lines, held.sha
+
+    def pieces(self) -> Iterator[memoryview]:
+        return self._file.pieces(self._start, self._start + self.length)
+
+    def records(self) -> Iterator[T]:
+        left = b""
+        for piece in self.pieces():
+            *lines, left = (left + bytes(piece)).split(b"\n")
+            for line in lines:
+                yield self._record(json.loads(line))
+
+
+class _File:
+    """A duplicate of a descriptor, closed when nobody refers to it any more."""
+
+    def __init__(self, fd: int, key: DataKey | None) -> None:
+        self._fd, self._key = os.dup(fd), key
+        self._closed = weakref.finalize(self, os.close, self._fd)
+
+    def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
+        if self._key is not None:
+            yield from Sealed(self._fd, self._key, "the checkpoint").pieces(start, stop)
+            return
+        while start < stop:
+            piece = os.pread(self._fd, min(CHUNK, stop - start), start)
+            yield memoryview(piece)
+            start += len(piece)
+
+
 class Writer:
-    """Writes states of one run, each of which continues the one before: records are encoded once.
+    """Writes states of one run, each of which continues the one before: records are encoded once, and copied from the
+    file before from then on.
 
     key: what files are encrypted under; without one they are not.
     """
 
     def __init__(self, run: str, key: DataKey | None = None) -> None:
         self._run, self._key = run, key
-        self._rounds, self._evaluations = bytearray(), bytearray()
-        self._known = (0, 0)
+        self._rounds: _Lines[Round] | None = None
+        self._evaluations: _Lines[Evaluation] | None = None
 
     def write(self, state: RunState, file: int) -> str:
         """Write `state` into the empty file `file`, a descriptor; returns the SHA-256 (hex) of its document.
@@ -60,15 +113,21 @@ class Writer:
             OSError: the disk is full, and the like.
         """
         parts: list[dict[str, Any]] = []
-        pieces: list[Piece] = []
+        pieces: list[Iterable[Piece]] = []
         place = 0
-        for kind, name, array, known in (*_arrays(state), *self._history(state)):
+        for kind, name, array, known in _arrays(state):
             view = _bytes(array)
             sha = known or hashlib.sha256(view).hexdigest()
             about = {"place": kind, "name": name, "dtype": array.dtype.str, "shape": list(array.shape)}
             parts.append({**about, "start": place, "sha256": sha})
-            pieces.append(view)
+            pieces.append([view])
             place += len(view)
+        rounds = _more(self._rounds, "rounds", state.rounds, _round_document)
+        evaluations = _more(self._evaluations, "evaluations", state.evaluations, _evaluation_document)
+        starts = place, place + rounds.length
+        for lines, start in zip((rounds, evaluations), starts, strict=True):
+            parts.append({**lines.about, "start": start})
+            pieces.append(lines.pieces)
         best = None
         if state.best is not None:
             own = any(part["place"] == "best" for part in parts)
@@ -84,21 +143,45 @@ class Writer:
             "parts": parts,
         }
         content = json.dumps(document, separators=(",", ":")).encode()
-        pieces += [content, len(content).to_bytes(8, "big") + _MAGIC]
-        place = 0
-        for piece in sealing(pieces, self._key) if self._key is not None else pieces:
+        pieces.append([content, len(content).to_bytes(8, "big") + _MAGIC])
+        place, whole = 0, chain.from_iterable(pieces)
+        for piece in sealing(whole, self._key) if self._key is not None else whole:
             place = put(file, memoryview(piece), place)
+        held = _File(file, self._key)
+        self._rounds = _Lines(held, starts[0], rounds, _round)
+        self._evaluations = _Lines(held, starts[1], evaluations, _evaluation)
         return hashlib.sha256(content).hexdigest()
 
-    def _history(self, state: RunState) -> Iterator[Named]:
-        rounds, evaluations = self._known
-        self._rounds += b"".join(_line(_round_document(one)) for one in state.rounds[rounds:])
-        self._evaluations += b"".join(
-            _line(_evaluation_document(one)) for one in state.evaluations[evaluations:]
+    def put_away(self, state: RunState) -> RunState:
+        """`state`, which was written last, with its records in that file but for the latest of each kind."""
+        rounds, evaluations = self._rounds, self._evaluations
+        assert rounds is not None
+        assert evaluations is not None
+        return replace(
+            state,
+            rounds=_past(rounds, state.rounds),
+            evaluations=_past(evaluations, state.evaluations),
         )
-        self._known = (len(state.rounds), len(state.evaluations))
-        yield "rounds", "", np.frombuffer(bytes(self._rounds), np.uint8), ""
-        yield "evaluations", "", np.frombuffer(bytes(self._evaluations), np.uint8), ""
+
+
+def _past(lines: _Lines[T], records: Sequence[T]) -> Sequence[T]:
+    assert lines.count == len(records)
+    last = tuple(records[-1:])
+    return Past(lines.records, len(records) - len(last), last)
+
+
+def _more(
+    before: _Lines[T] | None, kind: str, records: Sequence[T], document: Callable[[T], dict[str, Any]]
+) -> _More:
+    """The lines of the file before, and those of the records since."""
+    count = before.count if before is not None else 0
+    new = b"".join(_line(document(one)) for one in records[count:])
+    length = (before.length if before is not None else 0) + len(new)
+    sha = before.sha.copy() if before is not None else hashlib.sha256()
+    sha.update(new)
+    about = {"place": kind, "name": "", "dtype": "|u1", "shape": [length], "sha256": sha.hexdigest()}
+    pieces: Iterable[Piece] = chain[Piece](before.pieces() if before is not None else (), [new])
+    return _More(about, pieces, length, len(records), sha)
 
 
 def read(file: int, sha256: str, run: str, key: DataKey | None = None) -> RunState:
@@ -246,6 +329,7 @@ def _round_document(one: Round) -> dict[str, Any]:
         "unseen": one.unseen,
         "aside": dict(one.aside),
         "notes": dict(one.notes),
+        "updates": dict(one.updates),
     }
 
 
@@ -262,6 +346,7 @@ def _round(document: Mapping[str, Any]) -> Round:
         unseen=document.get("unseen", 0),
         aside=document.get("aside", {}),
         notes=document.get("notes", {}),
+        updates=document.get("updates", {}),
     )
 
 

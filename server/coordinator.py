@@ -26,7 +26,7 @@ from consortium.server import tally
 from consortium.server.admission import Gate
 from consortium.server.clients import Clients
 from consortium.server.noise import noised
-from consortium.server.records import Commits, Evaluation, Outcome, Plan, Round, RunState
+from consortium.server.records import Commits, Evaluation, Outcome, Plan, Round, RunState, followed
 from consortium.server.standing import Cohort, Standings, aside, standings
 from consortium.server.tally import Ballot
 from consortium.strategies.base import BlockSum, Contribution
@@ -79,7 +79,7 @@ def run(
             ballot = exchange(state, "train", cohort)  #                   ask, admit
             state = _trained(plan, clients, state, ballot, started, clock, draws, name)  # reduce, noise, step
         del ballot  # the updates in it take up a disk
-        commits.commit(state)  #                                           commit
+        state = commits.commit(state)  #                                   commit
         _tell(report, before, state)
         known = standings(state.rounds[len(before.rounds) :], plan.failures, known)
         if state.attempt and not _again(plan, clients, state, rest):
@@ -90,7 +90,7 @@ def run(
         resting = aside(known, sites, plan.study.cohort.min_sites)
         ballot = exchange(state, "evaluate", Cohort([site for site in sites if site not in resting]))
         state = _judged(plan, state, ballot)
-        commits.commit(state)
+        state = commits.commit(state)
         _tell(report, before, state)
     return _outcome(plan, state)
 
@@ -202,8 +202,8 @@ def _prepared(plan: Plan, state: RunState, ballot: Ballot, started: float, clock
     void = _void(plan, ballot, 1)
     record = _record(state, ballot, 0, void, state.digest, clock() - started)
     if void:
-        return replace(state, attempt=state.attempt + 1, rounds=(*state.rounds, record))
-    return replace(state, attempt=0, statistics=sums, rounds=(*state.rounds, record))
+        return replace(state, attempt=state.attempt + 1, rounds=followed(state.rounds, record))
+    return replace(state, attempt=0, statistics=sums, rounds=followed(state.rounds, record))
 
 
 def _trained(
@@ -221,7 +221,7 @@ def _trained(
     number = state.round + 1
     if void:
         record = _record(state, ballot, number, void, state.digest, clock() - started)
-        return replace(state, attempt=state.attempt + 1, rounds=(*state.rounds, record))
+        return replace(state, attempt=state.attempt + 1, rounds=followed(state.rounds, record))
     state = _judged(plan, state, ballot)
     update, statistics = noised(
         plan.mechanism,
@@ -241,7 +241,7 @@ def _trained(
     if control is not None:
         at_hand = {*clients.sites(), *ballot.asked}
         record = replace(record, unseen=len(at_hand - state.counted.keys()))
-        kept, share = tally.variate_shares(plan.strategy.reducer, (*state.rounds, record))
+        kept, share = tally.variate_shares(plan.strategy.reducer, followed(state.rounds, record))
         of = control.dtype.type
         control = of(kept) * control + of(share) * _reduce(plan, ballot, "control")
     return replace(
@@ -254,7 +254,7 @@ def _trained(
         optimizer=optimizer,
         statistics=statistics,
         counted={**state.counted, **dict.fromkeys(ballot.admitted, number)},
-        rounds=(*state.rounds, record),
+        rounds=followed(state.rounds, record),
     )
 
 
@@ -280,15 +280,14 @@ def _reduce(plan: Plan, ballot: Ballot, kind: Kind) -> Vector:
 def _judged(plan: Plan, state: RunState, ballot: Ballot) -> RunState:
     """The state with the evaluation that the answers bring of the model they received, once a model."""
     found = tally.evaluation(ballot, state.round, state.digest)
-    if found is None or any(
-        old.model == state.digest and old.round == state.round for old in state.evaluations
-    ):
+    last = state.evaluations[-1] if state.evaluations else None
+    if found is None or (last is not None and (last.model, last.round) == (state.digest, state.round)):
         return state
     best = state.best
     chooses = plan.study.evaluation.select == "best" and state.round > 0 and not _void(plan, ballot, 1)
     if chooses and tally.better(plan.study.metric, found, best[0] if best else None):
         best = (found, state.model)
-    return replace(state, evaluations=(*state.evaluations, found), best=best)
+    return replace(state, evaluations=followed(state.evaluations, found), best=best)
 
 
 def _record(state: RunState, ballot: Ballot, number: int, void: str, digest: str, seconds: float) -> Round:
@@ -304,6 +303,7 @@ def _record(state: RunState, ballot: Ballot, number: int, void: str, digest: str
         void,
         aside=ballot.aside,
         notes=ballot.notes,
+        updates={site: one.answer.sha256 for site, one in ballot.admitted.items() if one.answer.sha256},
     )
 
 

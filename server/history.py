@@ -16,6 +16,7 @@ class History:
     rounds, errors: by site, the last round in which it counted, and why it was left out since then.
     late: by site, how many of its answers came too late. aside: reasons by site of those set aside in the last round.
     notes: by site, what it said last beside an answer, such as how many records it skipped.
+    moved: the last round that moved the model: its number, the model after it, and by site the digest of its update.
     """
 
     last: int = 0
@@ -25,6 +26,7 @@ class History:
     aside: Mapping[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     evaluation: dict[str, Any] | None = None
+    moved: dict[str, Any] | None = None
 
     def add(self, event: dict[str, Any]) -> None:
         """Take the next event."""
@@ -37,6 +39,9 @@ class History:
             self.errors.update({s: why for s, why in event["left_out"].items() if why != NOT_NEEDED})
             self.aside = event.get("aside", {})
             self.notes.update(event.get("notes", {}))
+            if event["round"] and not event["void"]:
+                about = {"round": event["round"], "model": event["model"]}
+                self.moved = {**about, "updates": event.get("updates", {})}
             for site in event["admitted"]:
                 self.errors.pop(site, None)
                 if not event["void"]:

@@ -30,7 +30,8 @@ _UNKNOWN = "suppressed: how many examples stand behind it is not known"
 
 
 def lineage(plan: Plan, outcome: Outcome) -> dict[str, Any]:
-    """Which study, run and rounds made the model: by round its sites with their weights, and the model after it."""
+    """Which study, run and rounds made the model: by round its sites with their weights, the SHA-256 of what each of
+    them sent and signed (of the updates themselves nothing is kept), and the model after it."""
     last = made_after(outcome)
     return {
         "format": FORMAT,
@@ -50,6 +51,7 @@ def lineage(plan: Plan, outcome: Outcome) -> dict[str, Any]:
                 "round": one.round,
                 "attempt": one.attempt,
                 "sites": dict(sorted(one.admitted.items())),
+                "updates": dict(sorted(one.updates.items())),
                 "left_out": dict(sorted(one.left_out.items())),
                 "void": one.void,
                 "model": one.model,

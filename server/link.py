@@ -121,7 +121,7 @@ class LinkCommits:
         self._shown = (len(state.rounds), len(state.evaluations))
         return state
 
-    def commit(self, state: RunState) -> None:
+    def commit(self, state: RunState) -> RunState:
         file = nameless(self._folder)
         try:
             sha256 = self._writer.write(state, file)
@@ -133,8 +133,10 @@ class LinkCommits:
         except BaseException:
             os.close(file)
             raise
+        state = self._writer.put_away(state)
         self._keep(state, file)
         self._shown = (len(state.rounds), len(state.evaluations))
+        return state
 
     def beginning(self, instruction: Instruction, parts: Sequence[Part]) -> tuple[str, int] | None:
         """The SHA-256 of the instruction's content, which has these parts, and a duplicate of the last commit's file,

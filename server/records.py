@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Literal, Protocol
+from itertools import islice
+from typing import Generic, Literal, Protocol, TypeVar, overload
 
 from consortium.privacy.mechanisms import Mechanism, mechanism_of
 from consortium.protocol.layout import Layout, Vector
@@ -15,6 +16,52 @@ from consortium.server.compact import Numbers, shared, table, words
 from consortium.strategies.base import OptimizerState, Strategy
 
 _NONE: dict[str, str] = {}
+T = TypeVar("T")
+
+
+class Past(Sequence[T], Generic[T]):
+    """Records of which all but the latest lie elsewhere, and are read where somebody asks for them: a run that goes on
+    for thousands of rounds takes no more memory than one of ten.
+
+    earlier: reads those that lie elsewhere, from the first on. count: how many of them belong here. recent: the rest.
+    """
+
+    __slots__ = ("_count", "_earlier", "_recent")
+
+    def __init__(self, earlier: Callable[[], Iterator[T]], count: int, recent: tuple[T, ...]) -> None:
+        self._earlier, self._count, self._recent = earlier, count, recent
+
+    def followed(self, one: T) -> Past[T]:
+        """These, and one more."""
+        return Past(self._earlier, self._count, (*self._recent, one))
+
+    def __len__(self) -> int:
+        return self._count + len(self._recent)
+
+    def __iter__(self) -> Iterator[T]:
+        yield from islice(self._earlier(), self._count)
+        yield from self._recent
+
+    def __reversed__(self) -> Iterator[T]:
+        yield from reversed(self._recent)
+        yield from reversed(list(islice(self._earlier(), self._count)))
+
+    @overload
+    def __getitem__(self, place: int) -> T: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[T, ...]: ...
+    def __getitem__(self, place: int | slice) -> T | tuple[T, ...]:
+        wanted = range(len(self))[place]
+        if isinstance(wanted, int):
+            return self._recent[wanted - self._count] if wanted >= self._count else tuple(self)[wanted]
+        if all(one >= self._count for one in (*wanted[:1], *wanted[-1:])):
+            return tuple(self._recent[one - self._count] for one in wanted)
+        return tuple(self)[place]
+
+
+def followed(records: Sequence[T], one: T) -> Sequence[T]:
+    """The records, and one more; none of what lies elsewhere is read."""
+    return records.followed(one) if isinstance(records, Past) else (*records, one)
 
 
 @dataclass(frozen=True)
@@ -77,6 +124,7 @@ class Round:
     unseen: of SCAFFOLD alone, else 0: sites at hand that had never counted before.
     aside: by site, why it was not asked though it was at hand.
     notes: by site, what it said beside an answer that counted, such as how many records it skipped.
+    updates: by admitted site, the SHA-256 (hex) of its answer's content, as it signed it; empty where nothing travels.
     void: why the model did not move; empty where it did.
     model: digest of the model after it.
     seconds: from select to commit.
@@ -93,6 +141,7 @@ class Round:
     unseen: int = 0
     aside: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    updates: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         keep = partial(object.__setattr__, self)  # as above
@@ -101,6 +150,7 @@ class Round:
         keep("left_out", words(self.left_out))
         keep("aside", words(self.aside) if self.aside else _NONE)
         keep("notes", words(self.notes) if self.notes else _NONE)
+        keep("updates", dict(self.updates) if self.updates else _NONE)
 
 
 @dataclass(frozen=True)
@@ -121,8 +171,8 @@ class RunState:
     optimizer: OptimizerState
     statistics: Statistics
     counted: Mapping[str, int] = field(default_factory=dict)
-    rounds: tuple[Round, ...] = ()
-    evaluations: tuple[Evaluation, ...] = ()
+    rounds: Sequence[Round] = ()
+    evaluations: Sequence[Evaluation] = ()
     best: tuple[Evaluation, Vector] | None = None
 
 
@@ -150,8 +200,8 @@ class Commits(Protocol):
     def load(self) -> RunState | None:
         """The last committed state, or None where the run has not begun."""
 
-    def commit(self, state: RunState) -> None:
-        """Keep `state` in place of the one before."""
+    def commit(self, state: RunState) -> RunState:
+        """Keep `state` in place of the one before; gives it back, perhaps with its older records put away (`Past`)."""
 
 
 class InMemory:
@@ -163,5 +213,6 @@ class InMemory:
     def load(self) -> RunState | None:
         return self._state
 
-    def commit(self, state: RunState) -> None:
+    def commit(self, state: RunState) -> RunState:
         self._state = state
+        return state

@@ -219,6 +219,7 @@ class Runs:
                     nothing: dict[str, Any] = {
                         "without": [],
                         "sites": {},
+                        "last_round": None,
                         "evaluation": None,
                         "model": None,
                         "round": 0,
@@ -241,7 +242,8 @@ class Runs:
         folder = self._folder / run.name
         model = str(folder / MODEL) if (folder / MODEL).is_dir() else None
         evaluation = _result(folder).get("evaluation") or history.evaluation
-        return {**self._about(run), "sites": sites, "evaluation": evaluation, "model": model}
+        about = {**self._about(run), "last_round": history.moved}
+        return {**about, "sites": sites, "evaluation": evaluation, "model": model}
 
     def events(self, name: str, after: int, seconds: float) -> dict[str, Any]:
         """Events of a study's latest run, or of the run of that name, with numbers above `after`; waits up to so many

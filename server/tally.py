@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -154,7 +154,7 @@ def statistics(ballot: Ballot) -> tuple[Statistics, dict[str, str]]:
     return sum_statistics(list(kept.values())), odd
 
 
-def variate_shares(reducer: Reducer, rounds: Sequence[Round]) -> tuple[float, float]:
+def variate_shares(reducer: Reducer, rounds: Iterable[Round]) -> tuple[float, float]:
     """Factors (kept, share) of SCAFFOLD's c = kept * c + share * mean of the changes, after the last of `rounds`.
 
     They keep c the mean of all sites' variates c_i under the reducer's own weights, those of sites that were never
@@ -164,24 +164,25 @@ def variate_shares(reducer: Reducer, rounds: Sequence[Round]) -> tuple[float, fl
     records, so that a run that goes on after a restart, or a replay of what it recorded, has the same bits.
     """
 
-    def total(until: Sequence[Round], unseen: int) -> float:
-        known = {
-            site: weight
-            for record in until
-            if record.round and not record.void
-            for site, weight in record.admitted.items()
-        }
+    known: dict[
+        str, float
+    ] = {}  # the weight of each site's last admitted answer, before the last of `rounds`
+    last = None
+    for record in rounds:  # once: they may have to be read from a file
+        if last is not None and last.round and not last.void:
+            known.update(last.admitted)
+        last = record
+    assert last is not None
+
+    def total(known: Mapping[str, float], unseen: int) -> float:
         weights = [_counts(reducer, known[site]) for site in sorted(known)]
         return sum(weights) + unseen * (sum(weights) / len(weights) if weights else 1.0)
 
-    admitted, unseen = dict(rounds[-1].admitted), rounds[-1].unseen
-    new = admitted.keys() - {
-        site for one in rounds[:-1] if one.round and not one.void for site in one.admitted
-    }
-    now = total(rounds, unseen - len(new))
-    return total(rounds[:-1], unseen) / now, sum(
-        _counts(reducer, admitted[site]) for site in sorted(admitted)
-    ) / now
+    admitted = dict(last.admitted)
+    after = {**known, **admitted} if last.round and not last.void else known
+    now = total(after, last.unseen - len(admitted.keys() - known.keys()))
+    share = sum(_counts(reducer, admitted[site]) for site in sorted(admitted)) / now
+    return total(known, last.unseen) / now, share
 
 
 def _counts(reducer: Reducer, weight: float) -> float:

@@ -52,12 +52,13 @@ class Recording(InMemory):
         super().__init__()
         self._recorder = recorder
 
-    def commit(self, state: RunState) -> None:
+    def commit(self, state: RunState) -> RunState:
         super().commit(state)
         self._recorder.end_round(state.model)
         if state.round == self._recorder.spec.rounds:
             self._recorder.finish()
             raise SystemExit  # the evaluation of the last model is no part of the case
+        return state
 
 
 def run(spec: Spec) -> None:

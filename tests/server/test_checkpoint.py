@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import os
+import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from consortium.protocol.sealed import DataKey, Sealed, new_data_key
 from consortium.server import checkpoint
 from consortium.server.checkpoint import Writer, read
 from consortium.server.link import nameless
-from consortium.server.records import Evaluation, Round, RunState
+from consortium.server.records import Evaluation, Past, Round, RunState, followed
 from consortium.strategies.catalogue import CATALOGUE, Entry
 
 KEY = new_data_key()
@@ -39,6 +42,7 @@ rounds = st.builds(
     Round, st.integers(0, 10**6), st.integers(0, 99), st.lists(names, max_size=4).map(tuple), counts,
     st.dictionaries(names, names, max_size=3), names, numbers, names, st.integers(0, 99),
     st.dictionaries(names, names, max_size=2), st.dictionaries(names, names, max_size=2),
+    st.dictionaries(names, names, max_size=2),
 )  # fmt: skip
 
 
@@ -211,3 +215,44 @@ def test_large_arrays_are_mapped_and_not_read(tmp_path: Path) -> None:
     back = there_and_back(state_of(3 * checkpoint.CHUNK), tmp_path)
     assert not back.model.flags.owndata
     assert not back.model.flags.writeable
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "sealed"])
+def test_records_are_put_away_and_read_again(tmp_path: Path, key: DataKey | None) -> None:
+    """After each commit only the latest record of a kind is in memory; all are there, in order, for who asks, and in
+    each file; it is read as one that was written at once, byte for byte."""
+    model = np.arange(3, dtype=np.float32)
+    state, writer, made = (
+        RunState(0, 0, model, digest_of([model]), None, {}, {}),
+        Writer("r", key),
+        list[Round](),
+    )
+    for number in range(60):
+        updates = {f"s{site}": f"{number:032}{site:032}" for site in range(20)}
+        made.append(
+            Round(number, 0, tuple(updates), dict.fromkeys(updates, 1.0), {}, "m", 0.5, updates=updates)
+        )
+        judged = Evaluation(number, "m", {"n": float(number)}, {"s1": {"n": 1.0}})
+        state = replace(
+            state, rounds=followed(state.rounds, made[-1]), evaluations=followed(state.evaluations, judged)
+        )
+        file = nameless(tmp_path)
+        sha256 = writer.write(state, file)
+        state = writer.put_away(state)
+        whole = read(file, sha256, "r", key)
+        at_once = nameless(tmp_path)
+        assert Writer("r", key).write(whole, at_once) == sha256
+        os.close(at_once)
+        os.close(file)
+    assert isinstance(state.rounds, Past)
+    assert [*state.rounds] == made == [*whole.rounds]
+    assert [*reversed(state.rounds)] == made[::-1]
+    assert (state.rounds[-1], state.rounds[0], len(state.rounds)) == (made[-1], made[0], 60)
+    assert state.rounds[59:] == (made[-1],)
+    assert state.rounds[57:] == tuple(made[57:])
+    assert state.rounds[60:] == ()
+    assert [one.pooled["n"] for one in state.evaluations] == list(range(60))
+    held = [weakref.ref(one) for one in made]
+    made.clear()
+    gc.collect()
+    assert [one() is not None for one in held] == [False] * 59 + [True]

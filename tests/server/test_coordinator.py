@@ -307,10 +307,11 @@ def test_a_run_continues_from_its_last_commit() -> None:
         pass
 
     class Dies(InMemory):
-        def commit(self, state: RunState) -> None:
+        def commit(self, state: RunState) -> RunState:
             super().commit(state)
             if state.round == 1:
                 raise KilledError
+            return state
 
     scripts = {"a": honest(1.0), "b": honest(3.0)}
     commits = Dies()

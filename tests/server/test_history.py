@@ -70,3 +70,12 @@ def test_a_void_round_counts_for_nobody() -> None:
 def test_an_event_is_one_line(event: dict[str, Any], words: str) -> None:
     """Whatever happened to whom is said."""
     assert words in line(event)
+
+
+def test_the_digests_of_the_last_updates_are_shown() -> None:
+    """Of the last round that moved the model, not of one that was void; events of earlier versions have none."""
+    moved = {**ROUND, "updates": {"a": "0" * 64}}
+    one = history(moved, {**ROUND, "round": 2, "void": "too few", "updates": {"a": "1" * 64}})
+    assert one.moved == {"round": 1, "model": "m", "updates": {"a": "0" * 64}}
+    assert history(ROUND).moved == {"round": 1, "model": "m", "updates": {}}
+    assert history({**moved, "round": 0}).moved is None

@@ -105,6 +105,12 @@ def test_a_run_ends_with_the_bits_of_a_simulation(strategy: str, tmp_path: Path)
         assert (shown["state"], shown["round"], shown["rounds"]) == ("finished", 3, 3)
         assert (shown["sites"]["a"]["last_round"], shown["sites"]["a"]["last_error"]) == (3, None)
         assert shown["evaluation"] == result["evaluation"]
+        last = result["rounds"][-1]
+        assert {site: len(sha256) for site, sha256 in last["updates"].items()} == dict.fromkeys(
+            last["admitted"], 64
+        )
+        about = {name: last[name] for name in ("round", "model", "updates")}
+        assert shown["last_round"] == about
 
 
 @pytest.mark.slow
@@ -119,6 +125,10 @@ def test_a_run_makes_its_first_model_and_leaves_one_that_serves(tmp_path: Path) 
         assert model.contract["model"] == digest_of([one.model(run)])
         assert one.runs.show(NAME)["model"] == str(folder / "model")
         assert not (folder / "initial.bin").exists()
+        made = json.loads((folder / "result.json").read_text())["rounds"]
+        listed = json.loads((folder / "model" / "lineage.json").read_text())["rounds"]
+        assert [one["updates"] for one in listed] == [one["updates"] for one in made]
+        assert all(one["updates"].keys() == one["sites"].keys() for one in listed)
         one.runs.close()
         assert not (folder / ".work").exists()
 

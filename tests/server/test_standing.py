@@ -106,11 +106,12 @@ class OneCommit(InMemory):
         super().__init__()
         self._state, self._more = state, more
 
-    def commit(self, state: RunState) -> None:
+    def commit(self, state: RunState) -> RunState:
         super().commit(state)
         self._more -= 1
         if not self._more:
             raise OneCommit.CutError
+        return state
 
 
 def test_intervals_end_somewhere() -> None:

@@ -217,6 +217,7 @@ def check(federation: Live, one: Study, sites: Kept) -> list[Round]:
     rounds = rounds_of(json.loads((folder / "result.json").read_text()))
     moved = [record.round for record in rounds if not record.void]
     assert moved == list(range(one.rounds + 1)), moved
+    assert all(record.updates.keys() == record.admitted.keys() for record in rounds)
     tries = [(record.round, record.attempt) for record in rounds]
     assert len(set(tries)) == len(tries), tries
     told = [(event["round"], event["attempt"]) for event in federation.events(one.name)]

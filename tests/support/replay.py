@@ -19,7 +19,15 @@ from consortium.client.store import Question, fingerprint, question
 from consortium.client.task import task_of
 from consortium.client.trainer import SiteState
 from consortium.protocol.layout import Kind, Vector, digest_of
-from consortium.protocol.messages import Answer, Instruction, Payload, Statistics, sum_statistics
+from consortium.protocol.messages import (
+    Answer,
+    Instruction,
+    Payload,
+    Statistics,
+    encode,
+    parse,
+    sum_statistics,
+)
 from consortium.protocol.study import Study
 from consortium.server.admission import norm
 from consortium.server.records import Round
@@ -124,6 +132,10 @@ def _answers(
         answer = answers[name] = site.answer(replace(asked, site=name))
         assert (answer.status, answer.weight) == ("done", record.admitted[name])
         found.answers[name][question(answer)] = fingerprint(answer)
+        sha256 = parse(encode(answer)[0]).sha256
+        assert record.updates.get(name, sha256) == sha256, (
+            f"round {record.round}: {name} sent another update than was recorded"
+        )
         if site.memory.pending_round:
             found.states[name] = site.memory.pending
     return answers
