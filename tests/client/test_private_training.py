@@ -12,7 +12,7 @@ from consortium.client import Task
 from consortium.client.private_training import Private, clipped_sum, refuse_unclippable, refuse_unfit
 from consortium.client.site import Rows, open_site, rows, start
 from consortium.client.task import Source, task_of
-from consortium.client.trainer import Resident, TorchTrainer
+from consortium.client.trainer import Resident
 from consortium.privacy.mechanisms import Mechanism, mechanism_of
 from consortium.privacy.randomness import Stream, Vector
 from consortium.protocol.errors import InputError
@@ -95,43 +95,6 @@ def test_small_pieces_give_the_same_sum(monkeypatch: pytest.MonkeyPatch, limit: 
     whole = total(task, net, data.inputs, data.targets, private)
     monkeypatch.setattr("consortium.client.private_training.GRADIENT_BYTES", limit)
     np.testing.assert_allclose(total(task, net, data.inputs, data.targets, private), whole, rtol=1e-5)
-
-
-WIDE = {**RECORD, "hidden": "[64]"}
-
-
-def step(count: int, rows_in_batch: int, draws: Stream) -> tuple[Vector, Mechanism, Study]:
-    """The model's change by one private step at a site of `count` rows, as its trainer makes it."""
-    study, task, net, data, mechanism = made(WIDE, table(32, 4))
-    inputs, targets, none = data.inputs[:count], data.targets[:count], data.inputs[:0]
-    trainer = TorchTrainer(task, net, Local(), inputs, targets, none, data.targets[:0])
-    private = Private(mechanism, draws)
-    model = {"shared": net.vector("shared")}
-    update, _ = trainer.train(model, {}, [np.arange(rows_in_batch)], 1, private)
-    assert update.weight == 1.0
-    return update.vectors["shared"], mechanism, study
-
-
-def test_the_noise_of_a_step_is_what_is_accounted() -> None:
-    """With no row at all a step is noise alone: lr x multiplier x C / batch_size, within 2 %. Red with a divisor that
-    follows the batch."""
-    changes = [step(0, 0, Stream.system()) for _ in range(60)]
-    numbers = np.concatenate([change for change, _, _ in changes])
-    _, mechanism, study = changes[0]
-    accounted = mechanism.release().noise_multiplier * mechanism.clip_norm
-    expected = study.training.lr * accounted / study.training.batch_size
-    assert float(numbers.std()) == pytest.approx(expected, rel=0.02)
-    assert abs(numbers.mean()) < 4 * expected / np.sqrt(len(numbers))
-
-
-def test_one_row_more_moves_a_step_by_at_most_the_bound() -> None:
-    """n against n + 1 rows under the same noise: the step moves by at most lr x C / batch_size. Red with a denominator
-    from the data's length, which would move the noise too."""
-    for count in (0, 1, 5, 30):
-        few, mechanism, study = step(count, count, Stream.seeded("same"))
-        many, _, _ = step(count + 1, count + 1, Stream.seeded("same"))
-        most = study.training.lr * mechanism.clip_norm / study.training.batch_size
-        assert 0 < np.linalg.norm(many.astype(float) - few) <= most * (1 + 1e-4)
 
 
 def test_batches_are_drawn_by_unit_with_the_studys_rate() -> None:

@@ -18,7 +18,6 @@ from consortium.privacy.mechanisms import (
     clip,
     mechanism_of,
     next_bound,
-    noised_mean,
     norm,
 )
 from consortium.privacy.randomness import Stream, Vector
@@ -114,18 +113,6 @@ def test_the_claimed_sensitivity_is_not_exceeded(count: int) -> None:
         assert weighted_mean().sensitivity(count) is None
 
 
-@pytest.mark.parametrize("count", [2, 5, 31])
-def test_the_noise_on_a_mean_is_what_is_accounted(count: int) -> None:
-    """Measured within 2 % of multiplier x bound x sensitivity(n), n being the answers that came. Red with noise for
-    fewer, or more, sites."""
-    sensitivity = mean().sensitivity(count)
-    assert sensitivity is not None
-    zeros = np.zeros(200_000, np.float32)
-    noisy = noised_mean(CENTRAL, zeros, sensitivity, count, CENTRAL.clip_norm, Stream.system())
-    accounted = CENTRAL.release().noise_multiplier * CENTRAL.clip_norm / count
-    assert float(noisy.std()) == pytest.approx(accounted, rel=0.02)
-
-
 @pytest.mark.parametrize("clip_norm", [0.3, 0.7, 5.0])
 def test_a_bounded_means_sensitivity_holds_below_its_bound_too(clip_norm: float) -> None:
     """One update of norm C, replaced by zero, moves it by at most C x sensitivity, for C below and above the bound."""
@@ -202,16 +189,6 @@ def test_adaptive_clipping_finds_its_quantile(start: float, quantile: float) -> 
         bound = next_bound(adaptive, bound, float((norms <= bound).sum()), 500, stream)
         last += [bound] if number >= 200 else []
     assert np.mean(last) == pytest.approx(true, rel=0.1)
-
-
-def test_the_bits_noise_is_what_is_accounted() -> None:
-    """The bound's logarithm moves with the deviation of the noise on the share."""
-    adaptive = replace(CENTRAL, quantile=0.5, noise_multiplier=1.0)
-    stream = Stream.system()
-    moves = [
-        np.log(next_bound(adaptive, 1.0, 50.0, 100, stream)) / -mechanisms.ADAPTATION for _ in range(20_000)
-    ]
-    assert np.std(moves) * 100 == pytest.approx(adaptive.bit_deviation(100), rel=0.02)
 
 
 def test_a_bound_cannot_be_carried_off() -> None:
