@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -58,16 +58,22 @@ def list_(folder: Folder, as_json: Json = False) -> None:
     Example: consortium client data list --dir site
     """
     from consortium.client.datasets import Datasets
+    from consortium.client.exclusions import read
 
-    found = [
-        {"name": one.name, "source": "sql" if one.source is None else str(one.source)}
+    found: list[dict[str, Any]] = [
+        {
+            "name": one.name,
+            "source": "sql" if one.source is None else str(one.source),
+            "excluded": len(read(one.folder).digests),
+        }
         for one in Datasets(home_in(folder)).all()
     ]
     if as_json:
         typer.echo(json.dumps(found))
         return
     for one in found:
-        typer.echo(f"{one['name']:20} {one['source']}")
+        excluded = f"  ({one['excluded']} ids excluded)" if one["excluded"] else ""
+        typer.echo(f"{one['name']:20} {one['source']}{excluded}")
     if not found:
         typer.echo(f"none; to add one: consortium client data add NAME --source FILE --dir {folder}")
 
@@ -84,6 +90,39 @@ def remove(name: Name, folder: Folder) -> None:
     typer.echo(
         f"data {name}: removed; its holdout key stays, so that held-out rows stay held out if it is added again"
     )
+
+
+@data.command()
+def exclude(
+    name: Name,
+    ids: Annotated[Path, typer.Option("--ids", metavar="FILE", help="A text file with an id a line.")],
+    folder: Folder,
+    column: Annotated[
+        str, typer.Option(help="The table's own column of the ids; needed for the first list.")
+    ] = "",
+    undo: Annotated[bool, typer.Option("--undo", help="Take these ids off the list again.")] = False,
+) -> None:
+    """Leave persons or records out of every run that begins from now on: training, statistics and holdout.
+
+    The ids are kept as keyed digests and never leave the site. Runs under way keep the rows that they began with; what
+    was learned before stays learned: see `consortium model affected-by` and `consortium study rerun`.
+
+    Example: consortium client data exclude patients --column patient_id --ids withdrawn.txt --dir site
+    """
+    from consortium.client import exclusions
+    from consortium.client.data_check import check_exclusions
+    from consortium.client.datasets import Datasets
+
+    home = home_in(folder)
+    found = Datasets(home).get(name)
+    given = exclusions.ids_in(ids)
+    if not undo:
+        check_exclusions(found, home.config.site, column or exclusions.read(found.folder).column)
+    listed, changed = exclusions.change(found.folder, column, given, undo=undo)
+    what = "taken off the list" if undo else "new on the list"
+    typer.echo(f"data {name}: {changed} ids {what}, {len(listed.digests)} are excluded, from the next run on")
+    typer.echo(f"{ids} is not needed any more: delete it")
+    typer.echo(f"\nNext: consortium client data check {name} --dir {folder}")
 
 
 @data.command()
@@ -104,10 +143,14 @@ def check(
     from consortium.client.datasets import Datasets
 
     home = home_in(folder)
-    found = check_data(Datasets(home).get(name), home.config.site, study_in(study))
+    found = check_data(Datasets(home).get(name), home.config.site, study_in(study), home.spool)
     if as_json:
         typer.echo(json.dumps(found))
         return
+    if found["excluded_ids"]:
+        typer.echo(
+            f"data {name}: {found['excluded_ids']} ids are excluded, and {found['excluded_rows']} rows are theirs"
+        )
     if "rows" in found:
         typer.echo(f"data {name}: {found['rows']} rows can be used by study {found['study']}")
     elif "columns" in found:

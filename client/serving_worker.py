@@ -132,7 +132,11 @@ class Worker:
         self._epoch = int(about["epoch"])
         given = self._given
         source = Source(
-            about["site"], Path(given["path"]), mapping=given["mapping"], key=bytes.fromhex(given["key"])
+            about["site"],
+            Path(given["path"]),
+            mapping=given["mapping"],
+            key=bytes.fromhex(given["key"]),
+            gaps=tuple(given["gaps"]),
         )
         task, strategy = task_of(self._study), strategy_of(self._study)
         self._net: Resident = start(self._study, task, strategy.local)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
@@ -86,8 +86,8 @@ def from_the_system(site: str, round: int, attempt: int) -> Stream:
     return Stream.system()
 
 
-def held_out(examples: Examples, share: float, key: bytes) -> NDArray[np.bool_]:
-    """Which rows are held out: (n,) True for the holdout.
+def held_out(examples: Examples, share: float, key: bytes, gaps: Sequence[int] = ()) -> NDArray[np.bool_]:
+    """Which rows are held out: (n,) True for the holdout. gaps: as `Source`.
 
     A row's place is decided by HMAC-SHA256(key, id) alone, so rows of one person stay together, and a person stays
     on its side in every study and whatever rows are added.
@@ -95,7 +95,7 @@ def held_out(examples: Examples, share: float, key: bytes) -> NDArray[np.bool_]:
     if examples.test is not None:
         return examples.test
     n = len(examples.inputs)
-    ids = np.arange(n) if examples.ids is None else examples.ids
+    ids = np.setdiff1d(np.arange(n + len(gaps)), gaps) if examples.ids is None else examples.ids
     if share == 0:
         return np.zeros(n, np.bool_)
     limit = int(share * 2**64)
@@ -114,7 +114,7 @@ def rows(task: Task, source: Source) -> Rows:
     """
     examples = source.table if isinstance(source.table, Examples) else task.data(source)
     note = str(examples.skipped)
-    test = held_out(examples, task.study.data.holdout, source.key)
+    test = held_out(examples, task.study.data.holdout, source.key, source.gaps)
     if not test.any() and not task.prepares:
         # nothing to split: the task's own arrays, perhaps mapped from a file
         people = _people(examples, ~test)

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from consortium.client import exclusions
 from consortium.client.datasets import Dataset
+from consortium.client.exclusions import Exclusions
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.files import private_folder
 from consortium.protocol.keys import PASSPHRASE
@@ -32,15 +34,18 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Data as a worker gets them. path: a file or folder. mapping: without the way to the source."""
+    """Data as a worker gets them. path: a file or folder. mapping: without the way to the source. gaps: numbers of the
+    source's rows that are not in the file, as they are excluded (`client/exclusions.py`)."""
 
     path: Path
     mapping: dict[str, Any]
     key: bytes
+    gaps: tuple[int, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """What is sent to the worker."""
-        return {"path": str(self.path), "mapping": self.mapping, "key": self.key.hex()}
+        about = {"path": str(self.path), "mapping": self.mapping, "key": self.key.hex()}
+        return {**about, "gaps": list(self.gaps)}
 
 
 def place_of(spool: Path, run: str) -> Path:
@@ -61,6 +66,7 @@ class Snapshots:
 
         Raises:
             InputError: the data cannot be read; the text is for the operator.
+            IntegrityError: the list of who is excluded is damaged.
         """
         folder = private_folder(place_of(private_folder(self._spool), run))
         whole = folder / "snapshot"
@@ -72,13 +78,14 @@ class Snapshots:
         for old in (whole, partial):
             erase(old)
         partial.mkdir(mode=0o700)
-        name = self._copied(data, mapping, partial)
+        name, gaps = self._copied(data, mapping, partial)
         source = {k: v for k, v in mapping.get("source", {}).items() if k not in ("sql", "url", "password")}
         mapping = {**mapping, "source": source} if "source" in mapping else mapping
         about = {"format": FORMAT, "data": data.name, "file": name, "mapping": mapping, "boot": _boot()}
+        about["gaps"] = gaps
         (partial / ABOUT).write_text(json.dumps(about), encoding="utf-8")
         partial.replace(whole)
-        return Snapshot(whole / name, mapping, key)
+        return Snapshot(whole / name, mapping, key, tuple(gaps))
 
     def _found(self, whole: Path, data: Dataset) -> Snapshot | None:
         try:
@@ -87,31 +94,37 @@ class Snapshots:
             return None
         if [about.get(k) for k in ("format", "data", "boot")] != [FORMAT, data.name, _boot()]:
             return None
-        return Snapshot(whole / about["file"], about["mapping"], data.key())
+        return Snapshot(whole / about["file"], about["mapping"], data.key(), tuple(about.get("gaps", ())))
 
-    def _copied(self, data: Dataset, mapping: dict[str, Any], folder: Path) -> str:
-        """Copy the source into `folder`; the name of the copy, which says nothing but its kind."""
+    def _copied(self, data: Dataset, mapping: dict[str, Any], folder: Path) -> tuple[str, list[int]]:
+        """Copy the source into `folder`, without who is excluded; the copy's name, which says nothing but its kind, and
+        the numbers of the rows that are not in it."""
+        excluded = exclusions.read(data.folder)
         if data.source is None:
-            self._query(mapping, folder / "data.parquet")
-            return "data.parquet"
+            return "data.parquet", self._run("sql_snapshot", mapping, folder / "data.parquet", excluded)
+        kind = data.source.suffix.lower()
+        name = "data" + (Path(data.source.stem).suffix.lower() if kind == ".gz" else "") + kind
+        if excluded.digests:
+            return name, self._run("copy_without", mapping, folder / name, excluded, data.source)
         try:
             if data.source.is_dir():
                 shutil.copytree(data.source, folder / "data")
-                return "data"
-            kind = data.source.suffix.lower()
-            name = "data" + (Path(data.source.stem).suffix.lower() if kind == ".gz" else "") + kind
+                return "data", []
             shutil.copyfile(data.source, folder / name)
             (folder / name).chmod(0o400)
-            return name
+            return name, []
         except (OSError, shutil.Error) as error:
             said = getattr(error, "strerror", None) or type(error).__name__
             raise InputError(f"data '{data.name}': {data.source} cannot be copied ({said})") from error
 
-    def _query(self, mapping: dict[str, Any], path: Path) -> None:
-        """Run the mapping's query in a program of its own, which alone sees the database's password."""
+    def _run(
+        self, name: str, mapping: dict[str, Any], path: Path, excluded: Exclusions, source: Path | None = None
+    ) -> list[int]:
+        """Make the copy at `path` in a program of its own, which alone reads the table, or sees a database's password.
+        The numbers of the rows that it left out."""
         asked = {"site": self._site, "mapping": mapping, "path": str(path), "parent": os.getpid()}
-        request = json.dumps(asked)
-        program = (sys.executable, "-s", "-P", "-B", "-m", "consortium.client.sql_snapshot")
+        request = json.dumps({**asked, "source": str(source), "excluded": excluded.document()})
+        program = (sys.executable, "-s", "-P", "-B", "-m", f"consortium.client.{name}")
         environment = {name: value for name, value in os.environ.items() if name != PASSPHRASE}
         with self._lock:
             if self._stopped:
@@ -119,7 +132,7 @@ class Snapshots:
             child = self._child = subprocess.Popen(
                 program,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 env=environment,
@@ -127,15 +140,17 @@ class Snapshots:
                 start_new_session=True,
             )
         try:
-            _, said = child.communicate(request)
+            found, said = child.communicate(request)
         finally:
             self.interrupt()
             self._child = None
         if child.returncode:
             raise InputError(said.strip()[:4000] or f"the snapshot's program ended with {child.returncode}")
+        gaps: list[int] = json.loads(found)
+        return gaps
 
     def interrupt(self) -> None:
-        """End the copy from a database that is being made, if any."""
+        """End the copy of a table that is being made, if any."""
         child = self._child
         if child is not None:
             with suppress(ProcessLookupError):

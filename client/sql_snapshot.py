@@ -2,7 +2,8 @@
 
     python -m consortium.client.sql_snapshot < REQUEST
 
-The request is a JSON object: `site`, `mapping` (a document with sql and url under [source]) and `path` of the file. The
+The request is a JSON object: `site`, `mapping` (a document with sql and url under [source]), `path` of the file and
+`excluded` (`client/exclusions.py`), whose rows are not written and whose numbers go to stdout, as a JSON list. The
 password is where the mapping says, in the environment or a file; it is in no argument and in nothing that is written.
 
 Every cell is written as the text by which it would be read straight from the database (`client/columns.py`), so a site
@@ -23,6 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from consortium.client.columns import text_of
+from consortium.client.copy_without import place
+from consortium.client.exclusions import Exclusions
 from consortium.client.mapping import parse
 from consortium.client.tables import queried
 from consortium.protocol.errors import ConsortiumError, InputError
@@ -37,37 +40,55 @@ def main() -> int:
     try:
         request = json.load(sys.stdin)
         end_with(request["parent"])
-        write(request["site"], request["mapping"], Path(request["path"]))
+        excluded = Exclusions.parse(request["excluded"])
+        gaps = write(request["site"], request["mapping"], Path(request["path"]), excluded)
     except ConsortiumError as error:
         print("\n".join([str(error), *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.exit_code
     except Exception as error:  # noqa: BLE001 - a driver may raise anything, and its text may hold a record
         print(f"the snapshot could not be written ({type(error).__name__})", file=sys.stderr)
         return 1
+    print(json.dumps(gaps))
     return 0
 
 
-def write(site: str, mapping: dict[str, Any], path: Path) -> None:
-    """Run the mapping's query and write its result to `path`, mode 0400.
+def write(site: str, mapping: dict[str, Any], path: Path, excluded: Exclusions) -> list[int]:
+    """Run the mapping's query and write its result to `path`, mode 0400, without the rows that are excluded; their
+    numbers, from 0.
 
     Raises:
         InputError: the mapping or the database is not in order, or a cell is a list or the like.
     """
-    where = f"site '{site}'"
+    where, gaps = f"site '{site}'", list[int]()
     with queried(where, parse(mapping, f"{where}, mapping").source) as result:
         names = [str(name) for name in result.keys()]  # noqa: SIM118 - it is no mapping
+        at = place(f"{where}, source.sql", names, excluded.column) if excluded.digests else None
         schema = pa.schema([(name, pa.string()) for name in names])
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
         with os.fdopen(descriptor, "wb") as file:
             with pq.ParquetWriter(file, schema) as writer:
-                for table in _tables(result, schema):
+                for table in _tables(result, schema, at, excluded, gaps):
                     writer.write_table(table)
             file.flush()
             os.fsync(file.fileno())
+    return gaps
 
 
-def _tables(result: Any, schema: pa.Schema) -> Iterator[pa.Table]:
+def _tables(
+    result: Any, schema: pa.Schema, at: int | None, excluded: Exclusions, gaps: list[int]
+) -> Iterator[pa.Table]:
+    """The result in parts, without the excluded rows, whose numbers are added to `gaps`. at: where their column is."""
+    seen = 0
     while rows := result.fetchmany(CHUNK):
+        if at is not None:
+            out = {
+                i for i, row in enumerate(rows) if not pd.isna(row[at]) and excluded.covers(text_of(row[at]))
+            }
+            gaps += [seen + i for i in sorted(out)]
+            seen += len(rows)
+            rows = [row for i, row in enumerate(rows) if i not in out]
+        if not rows:
+            continue
         columns: Sequence[Sequence[Any]] = list(zip(*rows, strict=True))
         arrays = [
             pa.array([_text(cell, name) for cell in column], pa.string())

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import sqlalchemy
+from numpy.typing import NDArray
 from sqlalchemy.engine import CursorResult
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
@@ -79,10 +80,11 @@ def read_some(source: Source, columns: Sequence[Column], tolerance: float) -> tu
     if bad is None or (malformed and not present):
         raise _refused(table.where, problems, tolerance, rows, malformed)
     skipped = counted(problems, rows, {CELLS: malformed} if malformed else {})
+    places = _places(rows + malformed, source.gaps)
     if not skipped.count:
-        return pd.DataFrame(done), skipped
+        return pd.DataFrame(done, index=places if source.gaps else None), skipped
     _log.warning("%s: %s", table.where, skipped)
-    numbers = np.setdiff1d(np.arange(rows + malformed), table.malformed)
+    numbers = places[np.setdiff1d(np.arange(rows + malformed), table.malformed)]
     return pd.DataFrame(done, index=numbers)[~bad], skipped
 
 
@@ -156,7 +158,7 @@ def _csv(where: str, path: Path, how: SourceMap, lenient: bool) -> _Table:
         malformed.append(row.number - 2)  # the header is its row 1
         return "skip"
 
-    separator = how.separator or ("\t" if ".tsv" in path.name.lower() else ",")
+    separator = separator_of(path, how)
     options = {
         # One thread, as only then a wrong row is known by its number.
         "read_options": pa.csv.ReadOptions(encoding=how.encoding, use_threads=False),
@@ -191,6 +193,16 @@ def _csv(where: str, path: Path, how: SourceMap, lenient: bool) -> _Table:
             f"{where}: the header is one long name; set separator under [source] in the site's mapping"
         )
     return _Table(where, names, load, malformed)
+
+
+def separator_of(path: Path, how: SourceMap) -> str:
+    """What stands between two cells of a CSV or TSV file."""
+    return how.separator or ("\t" if ".tsv" in path.name.lower() else ",")
+
+
+def _places(rows: int, gaps: Sequence[int]) -> NDArray[np.int64]:
+    """The numbers (rows,) in the site's own table of the rows of a copy, from which the rows `gaps` were taken out."""
+    return np.setdiff1d(np.arange(rows + len(gaps)), gaps)
 
 
 def _beginning(path: Path) -> bytes:

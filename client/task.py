@@ -43,6 +43,8 @@ class Source:
     path: a file or folder; a table's file for the tabular task. None where `table` is given.
     mapping: how the site's columns, codes and units become the study's (`client/mapping.py`); empty for none.
     key: the site's secret for splitting rows into training and holdout; the same key gives the same split.
+    gaps: numbers, from 0, of the rows of the site's table that are not in the file, as the site excludes them. The
+        others keep their numbers, by which they are held out or not.
     table: data already in memory: a DataFrame, for images a dict of arrays x and y, for another task what its
         `data` takes; or `Examples`, which no task needs to read.
     """
@@ -52,6 +54,7 @@ class Source:
     mapping: Mapping[str, Any] = field(default_factory=dict)
     key: bytes = b"consortium holdout"
     table: Any = None
+    gaps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

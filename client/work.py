@@ -23,7 +23,7 @@ from consortium.client.home import Home
 from consortium.client.snapshot import Snapshots, erase, place_of
 from consortium.client.worker_process import WorkerDied, WorkerLate, WorkerProcess
 from consortium.protocol.bundle import Bundle
-from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.files import private_folder
 from consortium.protocol.messages import Instruction
 from consortium.protocol.sealed import DataKey, Sealed
@@ -239,7 +239,7 @@ class SiteWork:
         self._runs.add(run)
         try:
             source = self._snapshots.lay(run, data)
-        except InputError as error:
+        except (InputError, IntegrityError) as error:
             if self._halted(run) == halts:
                 _log.error("run %s: %s", run, error)
                 raise RefusedError("the site's data could not be read; its log says more") from error

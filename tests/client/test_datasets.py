@@ -70,7 +70,7 @@ def test_data_are_added_listed_and_removed_and_the_holdout_key_stays(home: Home,
         [*CLIENT, "data", "list", "--json", "--dir", str(home.folder)],
         check=True, timeout=30, capture_output=True, text=True,
     ).stdout  # fmt: skip
-    assert json.loads(listed) == [{"name": "patients", "source": source}]
+    assert json.loads(listed) == [{"name": "patients", "source": source, "excluded": 0}]
     again = subprocess.run(add, check=False, timeout=30, capture_output=True, text=True)
     assert (again.returncode, "is there already" in again.stderr) == (2, True)
     Datasets(home).remove("patients")
@@ -175,8 +175,10 @@ def test_check_names_every_column_that_is_not_there(home: Home, tmp_path: Path) 
     data = Datasets(home)
     source = str(tmp_path / "patients.csv")
     good = data.add("good", source, None)
-    assert check(good, "hospital-1", None) == {"data": "good", "columns": 5}
-    assert check(good, "hospital-1", STUDY) == {"data": "good", "study": "breast-cancer", "rows": 569}
+    nobody = {"excluded_ids": 0, "excluded_rows": 0}
+    assert check(good, "hospital-1", None, home.spool) == {"data": "good", "columns": 5, **nobody}
+    read = {"data": "good", "study": "breast-cancer", "rows": 569}
+    assert check(good, "hospital-1", STUDY, home.spool) == {**read, **nobody}
     bad = data.add(
         "bad",
         source,
@@ -185,7 +187,7 @@ def test_check_names_every_column_that_is_not_there(home: Home, tmp_path: Path) 
         ),
     )
     with pytest.raises(InputError, match="2 mistakes") as caught:
-        check(bad, "hospital-1", None)
+        check(bad, "hospital-1", None, home.spool)
     assert "'radus'" in str(caught.value)
     assert "'befund'" in str(caught.value)
     (tmp_path / "study.toml").write_text(STUDY.text)
@@ -204,4 +206,4 @@ def test_check_runs_no_code_of_a_study(home: Home, tmp_path: Path) -> None:
     )
     one = Datasets(home).add("patients", str(tmp_path / "patients.csv"), None)
     with pytest.raises(RefusedError, match="code of its own"):
-        check(one, "hospital-1", study)
+        check(one, "hospital-1", study, home.spool)
