@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
 GRADIENT_BYTES = 1 << 27
 """Bytes of single rows' gradients that are held at a time."""
-_SHORTER = 1 - 1e-6
-"""Clipped gradients are rounded and summed; so they are made shorter by more than that can add."""
+_COLUMNS = 2048
+"""Numbers of each gradient that are looked at together."""
+_SHORTER = 1 - 2e-5
+"""Norms are summed in float32 over at most `_COLUMNS` numbers, and clipped gradients are rounded; so these are made
+shorter by more than both can add."""
 
 
 @dataclass(frozen=True)
@@ -137,21 +140,47 @@ def clipped_sum(
     width = sum(parameter.numel() for parameter in net.parameters)
     total = np.zeros(width)
     most = max(1, GRADIENT_BYTES // (8 * width))
-    bound = private.mechanism.clip_norm
     for rows, places, count in _groups(batch, private.units, most):
-        gradients = torch.zeros((count, width), dtype=net.flat.dtype)
+        parts: list[Tensor] = []
         for start in range(0, len(rows), most):
             piece = torch.from_numpy(rows[start : start + most])
-            where = torch.from_numpy(places[start : start + most])
-            gradients.index_add_(0, where, _row_gradients(task, net, inputs[piece], targets[piece]))
-        gradients /= torch.from_numpy(np.bincount(places, minlength=count)).unsqueeze(1)
-        norms = torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64)
-        sound = torch.isfinite(norms)
-        gradients[~sound] = 0.0
-        factors = torch.where(norms > bound * _SHORTER, bound * _SHORTER / norms, torch.ones_like(norms))
-        factors[~sound] = 0.0
-        total += (factors @ gradients.double()).numpy()
+            found = _row_gradients(task, net, inputs[piece], targets[piece])
+            if private.units is not None:
+                where = torch.from_numpy(places[start : start + most])
+                parts = parts or [one.new_zeros((count, one.shape[1])) for one in found]
+                for part, one in zip(parts, found, strict=True):
+                    part.index_add_(0, where, one)
+            else:
+                parts = found  # a group holds no more rows than a piece
+        if private.units is not None:
+            times = torch.from_numpy(np.bincount(places, minlength=count)).unsqueeze(1)
+            parts = [part / times for part in parts]
+        _add_clipped(total, parts, private.mechanism.clip_norm)
     return total
+
+
+def _add_clipped(total: Vector, parts: Sequence[Tensor], bound: float) -> None:
+    """total += the sum of some units' gradients, each first scaled down to `bound`.
+
+    parts: of each parameter, (units, numbers). The work goes by pieces of columns that fit a core's second-level cache.
+    """
+    columns = [
+        (start + part_start, part[:, part_start : part_start + _COLUMNS])
+        for start, part in zip(np.cumsum([0, *(p.shape[1] for p in parts)]), parts, strict=False)
+        for part_start in range(0, part.shape[1], _COLUMNS)
+    ]
+    squares = sum(
+        (torch.linalg.vector_norm(piece, dim=1).double() ** 2 for _, piece in columns), torch.zeros(())
+    )
+    norms = squares.double().sqrt()
+    sound = torch.isfinite(norms)
+    factors = torch.where(norms > bound * _SHORTER, bound * _SHORTER / norms, torch.ones_like(norms))
+    factors[~sound] = 0.0
+    if not bool(sound.all()):
+        for _, piece in columns:
+            piece[~sound] = 0.0
+    for start, piece in columns:
+        total[start : start + piece.shape[1]] += (factors @ piece.double()).numpy()
 
 
 def _groups(
@@ -170,8 +199,8 @@ def _groups(
         yield batch[inside], own, int(own.max()) + 1
 
 
-def _row_gradients(task: Task, net: Resident, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Each row's gradient of its own loss, (rows, trainable)."""
+def _row_gradients(task: Task, net: Resident, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+    """Each row's gradient of its own loss, of each parameter: (rows, numbers)."""
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return task.loss(output.unsqueeze(0), target.unsqueeze(0))
@@ -187,4 +216,4 @@ def _row_gradients(task: Task, net: Resident, inputs: Tensor, targets: Tensor) -
             found.append(sample.reshape(len(inputs), -1))
         parameter.grad = None
         parameter.grad_sample = None  # type: ignore[attr-defined] # where Opacus's hooks put it
-    return torch.cat(found, dim=1)
+    return found

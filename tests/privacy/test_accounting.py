@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from consortium.privacy import accounting
@@ -15,14 +16,14 @@ def epsilon(multiplier: float, rate: float, count: int, delta: float = DELTA) ->
     return spent([Release(multiplier, rate, count)], delta, "record", "add or remove one").epsilon
 
 
-def classic(multiplier: float, rate: float, count: int) -> float:
+def classic(multiplier: float, rate: float, count: int, delta: float = DELTA) -> float:
     """The conversion of 2016: the least over orders of RDP + log(1 / delta) / (order - 1)."""
     from dp_accounting import rdp
 
-    accountant = rdp.RdpAccountant(orders=accounting.FINE_ORDERS)
+    accountant = rdp.RdpAccountant()  # its own orders, from 1.1 on
     accountant.compose(accounting._event(multiplier, rate, count))
     pairs = zip(accountant._orders, accountant._rdp, strict=True)
-    return float(min(value + math.log(1 / DELTA) / (order - 1) for order, value in pairs))
+    return float(min(value + math.log(1 / delta) / (order - 1) for order, value in pairs))
 
 
 @pytest.mark.parametrize(
@@ -54,20 +55,42 @@ def test_renyi_figures_are_the_published_ones(
     assert accounting._renyi(((multiplier, rate, count),), DELTA) == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("multiplier", "rate", "count"),
-    [(0.7, 0.02, 500), (1.1, 0.1, 100), (2.0, 0.5, 40), (0.9, 0.005, 3000), (8.0, 0.2, 1000), (1.3, 0.9, 3)],
-)
-def test_a_figure_lies_between_the_finest_losses_and_the_classic_conversion(
-    multiplier: float, rate: float, count: int
-) -> None:
-    """Never below PLD by more than 0.02, never above the classic conversion."""
+CORNERS = [
+    (0.7, 0.02, 500, 1e-5), (1.1, 0.1, 100, 1e-5), (2.0, 0.5, 40, 1e-5), (0.9, 0.005, 3000, 1e-5),
+    (8.0, 0.2, 1000, 1e-5), (1.3, 0.9, 3, 1e-5), (15.0, 1e-4, 90_000, 1e-8), (40.0, 0.002, 60_000, 1e-5),
+    (50.0, 1e-5, 30, 1e-9), (0.8, 6e-5, 60_000, 1e-7), (1.4, 0.96, 4, 1e-9), (3.0, 1e-6, 1_000_000, 1e-9),
+]  # fmt: skip
+
+
+def between(multiplier: float, rate: float, count: int, delta: float) -> None:
     from dp_accounting import pld
 
     fine = pld.PLDAccountant(value_discretization_interval=1e-4)
     fine.compose(accounting._event(multiplier, rate, count))
-    got = epsilon(multiplier, rate, count)
-    assert fine.get_epsilon(DELTA) - 0.02 <= got <= classic(multiplier, rate, count)
+    got = epsilon(multiplier, rate, count, delta)
+    assert fine.get_epsilon(delta) - 0.02 <= got, (multiplier, rate, count, delta)
+    assert got <= classic(multiplier, rate, count, delta), (multiplier, rate, count, delta)
+
+
+@pytest.mark.parametrize("setting", CORNERS)
+def test_a_figure_lies_between_the_finest_losses_and_the_classic_conversion(
+    setting: tuple[float, float, int, float],
+) -> None:
+    """Never below PLD by more than 0.02, never above the classic conversion: tiny and large rates, many and few steps,
+    much and little noise, delta down to 1e-9."""
+    between(*setting)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_so_it_does_at_random_settings() -> None:
+    """Sixty, drawn anew each time over five decades of rates and counts: nothing of it is left to chance but which."""
+    rng = np.random.default_rng()
+    for _ in range(60):
+        rate, delta = 10 ** rng.uniform(-5, 0), 10 ** rng.uniform(-9, -3)
+        multiplier, count = 10 ** rng.uniform(-0.2, 1.7), int(10 ** rng.uniform(0, 5))
+        if epsilon(multiplier, rate, count, delta) < 20:  # beyond it the finest grid takes minutes
+            between(multiplier, rate, count, delta)
 
 
 def test_the_exact_gaussian_meets_its_delta() -> None:

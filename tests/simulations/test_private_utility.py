@@ -1,6 +1,7 @@
 """What privacy costs: breast cancer over four uneven sites, by record."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from sklearn.datasets import load_breast_cancer
 from consortium.protocol import Study
 from consortium.simulations import simulate
 
+SHARED = Path(os.environ.get("CONSORTIUM_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 SIZES = (60, 110, 160, 239)
 
 
@@ -68,6 +70,81 @@ def auroc(epsilon: float, seeds: int = 5) -> float:
 def test_breast_cancer_stays_useful(epsilon: float, least: float) -> None:
     """Record level, delta 1e-5, mean of five seeds: at least 0.97 at epsilon 4 and 0.95 at epsilon 1."""
     assert auroc(epsilon) >= least
+
+
+HEART = SHARED / "data" / "heart" / "fed_heart_disease.csv"
+RANGES = {
+    "age": (20, 90), "sex": (0, 1), "trestbps": (80, 200), "chol": (0, 600), "fbs": (0, 1), "thalach": (60, 210),
+    "exang": (0, 1), "oldpeak": (-3, 7), "cp_2": (0, 1), "cp_3": (0, 1), "cp_4": (0, 1), "restecg_1": (0, 1),
+    "restecg_2": (0, 1),
+}  # fmt: skip
+"""Declared by what such values may be, not read from the data. A hospital's own mean and deviation, by which the
+published protocol scales, would move every row's gradient with each row, and no clip would bound that."""
+
+
+def heart_study(epsilon: float) -> Study:
+    """Logistic regression, fifteen rounds of five Poisson batches."""
+    features = "\n".join(
+        f"{name} = {{ min = {low}.0, max = {high}.0 }}" for name, (low, high) in RANGES.items()
+    )
+    return Study.parse(f"""
+format = 1
+[study]
+name = "fed-heart-disease"
+task = "consortium.client.tasks.tabular:Classifier"
+rounds = 15
+[data]
+target = "label"
+split = "split"
+[data.features]
+{features}
+[training]
+lr = 0.3
+batch_size = 24
+local_steps = 5
+[strategy]
+name = "fedavg"
+weighted = false
+[evaluation]
+metric = "accuracy"
+[privacy]
+unit = "record"
+mechanism = "dp-sgd"
+epsilon = {epsilon}
+delta = 1e-5
+clip_norm = 1.0
+sampling_rate = 0.2
+""")
+
+
+def heart_accuracy(epsilon: float, seeds: int = 5) -> dict[str, tuple[float, float]]:
+    """By hospital, and of all tests together ("pooled"): mean and standard deviation over seeds."""
+    table = pd.read_csv(HEART)
+    sites = {str(centre): rows for centre, rows in table.groupby("centre")}
+    found = []
+    for seed in range(seeds):
+        final = simulate(heart_study(epsilon), sites=sites, seed=seed, processes=0).outcome.evaluation
+        assert final is not None
+        found.append(
+            {site: one["accuracy"] for site, one in final.sites.items()}
+            | {"pooled": final.pooled["accuracy"]}
+        )
+    scores = pd.DataFrame(found)
+    return {
+        str(name): (float(scores[name].mean()), float(scores[name].std(ddof=1))) for name in scores.columns
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HEART.exists(), reason="the shared data folder beside the project is not here")
+@pytest.mark.parametrize(("epsilon", "least"), [(1.0, 0.72), (4.0, 0.77), (8.0, 0.77)])
+def test_fed_heart_disease_stays_useful(epsilon: float, least: float) -> None:
+    """Four hospitals, record level, delta 1e-5, mean of five seeds: pooled accuracy against .79 without privacy, and no
+    hospital below .68; in Switzerland all training rows and 15 of 16 test rows are of one class."""
+    scores = heart_accuracy(epsilon)
+    print(epsilon, {name: f"{mean:.3f} +- {deviation:.3f}" for name, (mean, deviation) in scores.items()})
+    assert scores["pooled"][0] >= least
+    assert min(mean for mean, _ in scores.values()) >= 0.68
 
 
 @pytest.mark.timeout(400)
