@@ -102,7 +102,7 @@ def export(
     documents = _documents(plan, outcome, contract)
     hashes = made | {name: hashlib.sha256(content).hexdigest() for name, content in documents.items()}
     files |= documents | _sealed(hashes, documents[LINEAGE], plan.federation, sign)
-    _place(files, destination)
+    place(files, destination)
     return Exported(destination, contract)
 
 
@@ -263,7 +263,7 @@ def _difference(what: str, got: NDArray[Any], expected: NDArray[Any]) -> float:
     return error
 
 
-def _place(files: Mapping[str, Content], destination: Path) -> None:
+def place(files: Mapping[str, Content], destination: Path) -> None:
     """Write into a folder beside the destination, then rename it: whole or not at all."""
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
