@@ -9,7 +9,8 @@
     rounds = 200                                           # only studies of at most so many rounds
     epsilon = 3.0                                          # the most that one study may spend, all its runs together
 
-Code that a study brings is never allowed here: its operator reviews and approves each such study as it is
+A model that is to be promoted is judged on the held-out rows of whatever data its study may use here; `gates = false`
+refuses that. Code that a study brings is never allowed here: its operator reviews and approves each such study as it is
 (`consortium client review`).
 """
 
@@ -32,6 +33,8 @@ from consortium.protocol.study import Study
 TEMPLATE = """\
 # What may run at this site. Nothing, until you allow it here; the agent reads this file before each instruction.
 format = 1
+
+# gates = false            # judge no model on this site's data before it is promoted
 
 # [[allow]]
 # task = "consortium.client.tasks.tabular:Classifier"
@@ -60,14 +63,17 @@ class Rule(BaseModel):
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     format: Literal[1]
+    gates: bool = True
     allow: list[Rule] = []
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The rules, in the file's order; the first that fits decides which data are used."""
+    """The rules, in the file's order; the first that fits decides which data are used. gates: whether models that are
+    to be promoted are judged here."""
 
     rules: tuple[Rule, ...] = ()
+    gates: bool = True
 
     def rule_for(self, study: Study) -> Rule:
         """The rule under which a study may run.
@@ -128,8 +134,10 @@ def load(path: Path) -> Policy:
         raise InputError(f"{path}: is not valid TOML: {error}; correct that line") from error
     problems: list[str] = []
     rules: list[Rule] = []
+    gates = True
     try:
-        rules = _File.model_validate(document).allow
+        found = _File.model_validate(document)
+        rules, gates = found.allow, found.gates
     except ValidationError as error:
         problems = [
             f"{'.'.join(str(part) for part in one['loc'])}: {one['msg'][0].lower()}{one['msg'][1:]}"
@@ -144,7 +152,7 @@ def load(path: Path) -> Policy:
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise InputError(f"{path}: has mistakes, so nothing is allowed\n{lines}\nCorrect the file")
-    return Policy(tuple(rules))
+    return Policy(tuple(rules), gates)
 
 
 def write_template(path: Path) -> None:

@@ -3,7 +3,7 @@
 It speaks over the socket that it was started with (`protocol/local.py`). First it is told what it works on:
 
     {"study": text, "code": folder or "", "site": name, "source": {"path", "mapping", "key": hex}, "state": folder,
-     "key": hex, "epoch": int}
+     "key": hex, "epoch": int, "judges": whether models are judged that the server sends}
 
 A study that brings code is worked on only by a process that was confined (`client/confined.py`), or whose operator
 approved it without.
@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from consortium.client.judging import check_graph
 from consortium.client.site import Site, check_model, open_site, start
 from consortium.client.store import Kept, Store
 from consortium.client.task import Source, task_of
@@ -61,6 +62,8 @@ def serve(descriptor: int, confine: Callable[[], None]) -> int:
     worker: Worker | None = None
     try:
         about, _ = local.receive(connection)
+        if about.get("judges"):
+            import onnxruntime  # noqa: F401 - before it is confined
         confine()
         worker = _warm(about)
         local.send(connection, {"up": True})
@@ -172,7 +175,10 @@ class Worker:
         before = self._kept.header_to(instruction)
         if before is not None:
             return before
-        check_model(instruction, self._net, model)
+        if instruction.kind == "judge":
+            check_graph(instruction)
+        else:
+            check_model(instruction, self._net, model)
         try:
             answer = self._site.answer(instruction)
             if answer.status == "declined":

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from consortium.client.judging import judged
 from consortium.client.private_training import Private, refuse_unclippable, refuse_unfit
 from consortium.client.task import Examples, Source, Task
 from consortium.client.trainer import (
@@ -65,7 +66,7 @@ class Memory:
 class Rows:
     """A site's examples, split. note: what was skipped of them, in counts, for the site's answers.
 
-    people: (rows,) whose each training row is, numbered from 0; None: not known.
+    people, test_people: (rows,) whose each row is, numbered from 0; None: not known.
     """
 
     inputs: torch.Tensor
@@ -75,6 +76,7 @@ class Rows:
     sums: Statistics
     note: str = ""
     people: NDArray[np.int64] | None = None
+    test_people: NDArray[np.int64] | None = None
 
 
 Draws = Callable[[str, int, int], Stream]
@@ -127,8 +129,16 @@ def rows(task: Task, source: Source) -> Rows:
     share = min(1.0, task.study.cohort.max_weight / max(len(training.inputs), 1))  # a site counts for no more
     sums = {name: values * share for name, values in sums.items()} if share < 1 else sums
     people = _people(examples, ~test)
+    tested = _people(examples, test)
     return Rows(
-        training.inputs, training.targets, examples.inputs[out], examples.targets[out], sums, note, people
+        training.inputs,
+        training.targets,
+        examples.inputs[out],
+        examples.targets[out],
+        sums,
+        note,
+        people,
+        tested,
     )
 
 
@@ -178,6 +188,8 @@ class Site:
             return Answer.to_instruction(instruction, status="declined", reason=str(error).partition("\n")[0])
 
     def _answer(self, instruction: Instruction) -> Answer:
+        if instruction.kind == "judge":
+            return Answer.to_instruction(instruction, metrics=self._judged(instruction.payload.opaque))
         trainer = self._ready(instruction.payload.statistics)
         if instruction.kind == "query":
             return Answer.to_instruction(instruction, payload=Payload(statistics=trainer.query()))
@@ -201,6 +213,11 @@ class Site:
             self.memory = Memory(state, after, number)
         payload = self._released(update, instruction.payload.statistics, draws)
         return Answer.to_instruction(instruction, weight=update.weight, payload=payload, metrics=counts)
+
+    def _judged(self, graph: bytes) -> Statistics:
+        self._warm = data = self._warm or self.load()
+        rows = data.test_inputs, data.test_targets
+        return judged(self.task, self.net.module, graph, *rows, data.test_people)
 
     def _released(self, update: Update, sums: Statistics, draws: Stream | None) -> Payload:
         """What leaves the site of an update: with a mechanism on whole updates, clipped, and noised if that is here."""

@@ -109,6 +109,18 @@ class Task(ABC):
         """Counts over a batch of held-out examples (see `protocol.metrics`); batches are added up."""
         return {"loss": np.array([float(self.loss(outputs, targets)) * len(targets), len(targets)])}
 
+    def served_metrics(self, served: tuple[Tensor, ...], targets: Tensor) -> Statistics:
+        """As `metrics`, from what the exported model answers: (n, ...) by output, after `output`.
+
+        Raises:
+            InputError: the task has an output step, and does not say here how its answers are judged.
+        """
+        if self.output() is not None or len(served) != 1:
+            raise InputError(
+                f"{self.study.task}: its exported model cannot be judged; define `served_metrics` in the task"
+            )
+        return self.metrics(served[0], targets)
+
     def statistics(self, examples: Examples) -> Statistics:
         """Sums over the training rows that `preprocessing` needs from all sites.
 

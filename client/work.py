@@ -176,23 +176,27 @@ class SiteWork:
         """The data that the operator's approval, else the policy, gives to a study; whether its code needs no sandbox;
         and what epsilon it may spend."""
         study = given.study
+        if given.about.kind == "judge" and not self._rules().gates:
+            raise RefusedError("policy: gates = false: this site judges no model that is to be promoted")
         if given.bundle is not None:
             approval = self._approvals.allowed(self._public, given.bundle, given.about, time.time())
             if approval is not None:
                 return self._registered(approval.data), approval.unconfined, approval.epsilon
         try:
-            rules = policy.load(self._home.policy_file)
+            rule = self._rules().rule_for(study)
+        except RefusedError as error:
+            _log.warning("%s; to allow it, edit %s", error, self._home.policy_file)
+            raise
+        return self._registered(rule.data), False, rule.epsilon
+
+    def _rules(self) -> policy.Policy:
+        try:
+            return policy.load(self._home.policy_file)
         except InputError as error:
             _log.error("%s", error)
             raise RefusedError(
                 "policy: it cannot be read, so nothing is allowed; the site's log says more"
             ) from error
-        try:
-            rule = rules.rule_for(study)
-        except RefusedError as error:
-            _log.warning("%s; to allow it, edit %s", error, self._home.policy_file)
-            raise
-        return self._registered(rule.data), False, rule.epsilon
 
     def _registered(self, name: str) -> Dataset:
         try:
@@ -204,18 +208,20 @@ class SiteWork:
     def _code(
         self, given: Given, unconfined: bool, read: str
     ) -> tuple[dict[str, str], dict[str, list[str]] | None]:
-        """What a worker is told of the study's own code and where it keeps its state, and what it may reach."""
-        if given.study.built_in:
+        """What a worker is told of the study's own code and where it keeps its state, and what it may reach. A model
+        that the server sends is foreign, too: it is judged behind the same sandbox."""
+        judges = {"judges": "yes"} if given.about.kind == "judge" else {}
+        if given.study.built_in and not judges:
             return {"state": str(self._home.state)}, None
         why = sandbox.missing()
         if given.bundle is None or (why and not unconfined):
-            _log.warning("run %s: its code is refused: %s", given.about.run, why)
-            raise RefusedError("this site has no sandbox for code that a study brings")
+            _log.warning("run %s: what it brings is refused: %s", given.about.run, why)
+            raise RefusedError("this site has no sandbox for code or models that come from elsewhere")
         place = place_of(self._home.spool, given.about.run)
         erase(place / "code")
         given.bundle.unpack(place / "code")
         state = private_folder(place_of(private_folder(self._home.state), given.about.run))
-        told = {"code": str(place / "code"), "state": str(state)}
+        told = {"code": str(place / "code"), "state": str(state), **judges}
         if why:
             _log.warning("run %s: its code runs without a sandbox, as the operator allowed", given.about.run)
             return told, None

@@ -94,6 +94,7 @@ def releases(study: Study) -> dict[str, list[str]]:
     if study.data.holdout or study.data.split or not study.built_in:
         what = "every held-out score" if study.evaluation.auroc == "exact" else "counts"
         declared += [f"evaluation of each model over the held-out rows: {what} by site, each round"]
+        declared += [_JUDGED]
         if study.evaluation.select == "best":
             declared += ["the choice of the best round, made by these evaluations"]
     declared += ["whether a site answered, when, and its reason where it did not"]
@@ -101,6 +102,11 @@ def releases(study: Study) -> dict[str, list[str]]:
 
 
 _OWN_SUMS = "sums over the training rows for preprocessing, where the study's own task asks for them, once"
+
+_JUDGED = (
+    "evaluation of an exported model before it is promoted: counts over the held-out rows by site and group, none of "
+    "fewer than 10 persons, where the site takes part in gates"
+)
 
 
 def _protects(study: Study) -> str:

@@ -37,6 +37,9 @@ from consortium.protocol.sections import (
 )
 from consortium.protocol.vocabulary import check_strategy
 
+MOST_GROUPS = 32
+"""Groups over which an exported model is compared, of all features together."""
+
 
 def _models(task: object) -> tuple[dict[str, type[Section]], list[Problem]]:
     """The section models that go with a task, and what is wrong with the task's name."""
@@ -205,6 +208,18 @@ def _check_metric(task: str, data: Data, evaluation: Evaluation) -> Iterator[Pro
             yield Problem(
                 "evaluation.metric", repr(metric), f"for this task one of {', '.join(allowed)}{hint}"
             )
+    features = getattr(data, "features", {})
+    listed = {name: one for name, one in features.items() if isinstance(one, Categorical)}
+    for name in evaluation.groups:
+        if name not in listed or evaluation.groups.count(name) > 1 or task not in TASKS:
+            right = f"categorical features, each once, would be right: {', '.join(listed) or 'this study has none'}"
+            yield Problem("evaluation.groups", repr(name), right)
+    if sum(len(listed[name].values) for name in evaluation.groups if name in listed) > MOST_GROUPS:
+        yield Problem("evaluation.groups", _short(evaluation.groups), f"at most {MOST_GROUPS} groups in all")
+    if evaluation.groups and evaluation.auroc == "exact":
+        yield Problem(
+            "evaluation.groups", _short(evaluation.groups), 'needs auroc = "binned": groups are counted'
+        )
     if evaluation.select == "best" and data.holdout == 0 and data.split is None and task in TASKS:
         right = "with data.holdout = 0 there is nothing to choose by; 'last' would be right"
         yield Problem("evaluation.select", "'best'", right)

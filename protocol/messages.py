@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ FORMAT = 1
 MAX_HEADER = 1 << 20
 """Bytes; a longer header is refused before it is parsed."""
 
-Ask = Literal["train", "evaluate", "query"]
+Ask = Literal["train", "evaluate", "query", "judge"]
 Statistics = Mapping[str, NDArray[np.float64]]
 """Named float64 arrays. The server only ever adds them up, name by name, in site-name order."""
 
@@ -56,7 +56,8 @@ class Instruction:
     round: 1 for the first; the final evaluation and queries before round 1 carry the round they belong to.
     attempt: 0, then 1, 2 ... when a void round is tried again.
     study: SHA-256 (hex) of the study as approved.
-    model: digest of the model in `payload`, empty where there is none.
+    kind: `judge` asks for counts of an exported model, whose ONNX file is the opaque content.
+    model: digest of the model in `payload`, empty where there is none; of a file to judge, its SHA-256 (hex).
     layout: `Layout.digest`.
     nonce: 32 random bytes in hex; each site gets its own, derived from it.
     expires: seconds since the epoch after which the site must not act on it.
@@ -324,7 +325,7 @@ def parse(header: bytes) -> Header:
     for name, of in expected.items():
         if type(parsed.fields[name]) is not of:
             raise IntegrityError(f"message: field '{name}' should be {of.__name__}")
-    if parsed.fields["kind"] not in ("train", "evaluate", "query"):
+    if parsed.fields["kind"] not in get_args(Ask):
         raise IntegrityError("message: its kind is not known")
     if parsed.type == "answer" and parsed.fields["status"] not in ("done", "declined"):
         raise IntegrityError("message: its status is not known")

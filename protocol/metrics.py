@@ -25,6 +25,29 @@ LOGIT_LIMIT = 16.0
 """Scores are binned by logit, clipped to [-16, 16]: one bin is 1/16 wide, so that confident scores stay apart."""
 
 
+FEWEST = 10
+"""Persons below which a cell of an evaluation is not shown."""
+
+
+def judged_by(metric: str) -> str:
+    """The metric by which an exported model is compared, of the study's; a task of its own may have none."""
+    return metric or "loss"
+
+
+def cell_name(metric: str, cell: str) -> str:
+    """The name of counts over one group of rows. cell: places of group and value, such as "0.2"; "" for all rows."""
+    return f"{metric}@{cell}" if cell else metric
+
+
+def cells(counts: Statistics) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Counts by cell, then by name; the inverse of `cell_name`."""
+    found: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for name, array in counts.items():
+        metric, _, cell = name.partition("@")
+        found.setdefault(cell, {})[metric] = array
+    return found
+
+
 def score_histogram(logits: NDArray[np.float64], positive: NDArray[np.bool_]) -> NDArray[np.float64]:
     """The `auroc` counts of a site: (2, BINS) from 1-D logits and labels; not-finite logits are refused upstream."""
     unit = (np.clip(logits, -LOGIT_LIMIT, LOGIT_LIMIT) + LOGIT_LIMIT) / (2 * LOGIT_LIMIT)

@@ -183,11 +183,13 @@ class Cohort(Section):
 
 class Evaluation(Section):
     """[evaluation]: the metric that the run is judged by. AUROC from 512 bins of the logit, or exact where the
-    sites agree to send every held-out score (then `auroc = "exact"`)."""
+    sites agree to send every held-out score (then `auroc = "exact"`). groups: categorical features by whose values an
+    exported model is compared before it is promoted."""
 
     metric: str = ""
     select: Literal["last", "best"] = "last"
     auroc: Literal["binned", "exact"] = "binned"
+    groups: Annotated[list[str], Field(max_length=8)] = []
 
 
 SAMPLING_RATE = 0.1

@@ -143,6 +143,8 @@ class Study(BaseModel):
         """SHA-256 (hex) of every setting, defaults included, and of the study's own code; comments and order of keys
         in the study file do not matter."""
         about = {"format": FORMAT, **self.model_dump(mode="json")}
+        if not self.evaluation.groups:
+            del about["evaluation"]["groups"]  # studies of before there were groups keep their digest
         return hashlib.sha256(canonical(about | ({"code": self._code} if self._code else {}))).hexdigest()
 
     def with_(self, **sections: Mapping[str, Any]) -> Study:

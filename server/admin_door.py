@@ -49,6 +49,8 @@ class Host(Protocol):
     def invite(self, site: str, hours: float) -> dict[str, Any]: ...
     def revoke(self, site: str) -> None: ...
     def rotate(self, sites: bool) -> dict[str, Any]: ...
+    def gate(self, name: str, document: dict[str, Any]) -> dict[str, Any]: ...
+    def gated(self, name: str) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class AdminDoor:
             _Route("POST", "/v1/sites/*/revoke", "admin", lambda _, name: self._revoke(name)),
             _Route("POST", "/v1/rotate", "admin", self._rotate),
             _Route("POST", "/v1/tokens/*", "admin", self._token),
+            _Route("POST", "/v1/models/*/gate", "admin", self._gate),
+            _Route("GET", "/v1/models/*/gate", "viewer", lambda _, name: host.gated(name)),
         )
 
     def handle(self, request: Request) -> Response:
@@ -167,6 +171,13 @@ class AdminDoor:
 
     def _rotate(self, request: Request, _: str) -> dict[str, Any]:
         return self._host.rotate(_document(request).get("sites") is True)
+
+    def _gate(self, request: Request, name: str) -> dict[str, Any]:
+        document = _document(request)
+        for key, kinds in (("version", (int,)), ("margin", (int, float)), ("minimum", (int, float))):
+            if document.get(key) is not None and type(document[key]) not in kinds:
+                raise InputError(f"{key}: a number would be right")
+        return self._host.gate(name, document)
 
     def _token(self, request: Request, name: str) -> dict[str, Any]:
         role = _document(request).get("role")

@@ -44,6 +44,20 @@ class Admitted:
     norm: float
 
 
+def misaddressed(asked: Instruction, answer: Answer) -> str:
+    """Why `answer` is not an answer to the instruction `asked`; empty where it is one."""
+    if answer.run != asked.run:
+        return f"answers another run ({clip(answer.run)})"
+    if (answer.round, answer.attempt) != (asked.round, asked.attempt):
+        return f"late: answers round {clip(str(answer.round), 20)}, attempt {clip(str(answer.attempt), 20)}"
+    if answer.kind != asked.kind or answer.model != asked.model:
+        return f"answers another question ({answer.kind}, model {clip(answer.model)})"
+    # Not a secret between these two, so plain comparison: a wrong nonce only loses the sender its own answer.
+    if answer.nonce != asked.nonce_for(answer.site):
+        return "does not carry the nonce that this site was given"
+    return ""
+
+
 @dataclass(frozen=True)
 class Gate:
     """What one exchange accepts.
@@ -75,20 +89,8 @@ class Gate:
         return self.misaddressed(answer) or self.content(answer)
 
     def misaddressed(self, answer: Answer) -> str:
-        """Why `answer` is not an answer to this instruction; empty where it is one."""
-        asked = self.instruction
-        if answer.run != asked.run:
-            return f"answers another run ({clip(answer.run)})"
-        if (answer.round, answer.attempt) != (asked.round, asked.attempt):
-            return (
-                f"late: answers round {clip(str(answer.round), 20)}, attempt {clip(str(answer.attempt), 20)}"
-            )
-        if answer.kind != asked.kind or answer.model != asked.model:
-            return f"answers another question ({answer.kind}, model {clip(answer.model)})"
-        # Not a secret between these two, so plain comparison: a wrong nonce only loses the sender its own answer.
-        if answer.nonce != asked.nonce_for(answer.site):
-            return "does not carry the nonce that this site was given"
-        return ""
+        """As the function of that name."""
+        return misaddressed(self.instruction, answer)
 
     def content(self, answer: Answer) -> Admitted | str:
         """The verdict on what `answer` holds, once it is known to answer this instruction."""

@@ -259,6 +259,11 @@ class Exchange:
         asked.handed += received is not None
         return received
 
+    def asks(self, run: str) -> bool:
+        """Whether something is asked in that name now."""
+        with self._lock:
+            return run in self._asked
+
     def close(self, run: str) -> None:
         """What a run asked and was not answered is late from now on."""
         with self._lock:

@@ -201,14 +201,15 @@ class Federation:
         with self._changing:
             return dict(self._trust_document)
 
-    def seal(self, manifest: bytes) -> dict[str, Any]:
-        """The signature of a model's manifest, with all that whoever knows the root needs to check it."""
+    def seal(self, content: bytes, purpose: str = MODEL) -> dict[str, Any]:
+        """The signature of a model's manifest, or of another document for its purpose, with all that whoever knows the
+        root needs to check it."""
         with self._changing:
             return {
                 "federation": self.config.name,
                 "root": self.root_pem.decode(),
                 "trust": dict(self._trust_document),
-                "signature": sign(self._instruction_key, MODEL, manifest).hex(),
+                "signature": sign(self._instruction_key, purpose, content).hex(),
             }
 
     def site_context(self) -> ssl.SSLContext:

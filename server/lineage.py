@@ -14,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consortium.privacy.statement import of_run
+from consortium.protocol.metrics import FEWEST
 from consortium.protocol.sections import Numeric, TabularData
 from consortium.server import tally
 from consortium.server.records import Evaluation, Outcome, Plan
 
 FORMAT = 1
-FEWEST = 10
-"""Examples below which a cell is not shown."""
 REFERENCE_BINS = 10
 """Bins of a feature's reference, each of about a tenth of the values."""
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from consortium.server import int8_cli
+from consortium.server import gate_cli, int8_cli
 from consortium.server.serving import registry_cli, serve_cli
 
 model = typer.Typer(
@@ -31,6 +31,7 @@ def _model() -> None:
 registry_cli.add_to(model)
 serve_cli.add_to(model)
 int8_cli.add_to(model)
+model.command()(gate_cli.gate)
 
 Folder = Annotated[
     Path,

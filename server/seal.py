@@ -173,6 +173,20 @@ def _signer(path: Path, content: bytes, federation: str) -> Signer:
     """Who signed `content`, as the file at `path` proves."""
     try:
         document = _document(path, path.read_bytes())
+    except OSError as error:
+        raise IntegrityError(f"{path}: is damaged ({type(error).__name__}); {_AGAIN}") from error
+    return signer_of(path, document, content, federation, signing.MODEL, MANIFEST)
+
+
+def signer_of(
+    path: Path, document: Mapping[str, Any], content: bytes, federation: str, purpose: str, what: str
+) -> Signer:
+    """Who signed `content` for a purpose, as a document says that `signature` made. path, what: for errors.
+
+    Raises:
+        IntegrityError: nobody of that federation did, or the document is damaged.
+    """
+    try:
         text = str(document["root"])
         root = x509.load_pem_x509_certificate(text.encode())
         root.verify_directly_issued_by(root)
@@ -188,18 +202,18 @@ def _signer(path: Path, content: bytes, federation: str) -> Signer:
         if not spelled:
             raise IntegrityError("it is not as it was written")
         named = trust.verified(document["trust"], root, federation)
-        _by_any(named, content, bytes.fromhex(given))
+        _by_any(named, purpose, content, bytes.fromhex(given))
     except IntegrityError as error:
-        raise IntegrityError(f"{path}: does not vouch for {MANIFEST} ({error}); {_AGAIN}") from error
+        raise IntegrityError(f"{path}: does not vouch for {what} ({error}); {_AGAIN}") from error
     except (*_DAMAGE, InvalidSignature, x509.InvalidVersion, UnsupportedAlgorithm) as error:
         raise IntegrityError(f"{path}: is damaged ({type(error).__name__}); {_AGAIN}") from error
     return Signer(federation, fingerprint(root))
 
 
-def _by_any(named: trust.Trust, content: bytes, given: bytes) -> None:
+def _by_any(named: trust.Trust, purpose: str, content: bytes, given: bytes) -> None:
     for place, key in enumerate(named.keys):
         try:
-            signing.verify(key, signing.MODEL, content, given)
+            signing.verify(key, purpose, content, given)
         except IntegrityError:
             if place == len(named.keys) - 1:
                 raise

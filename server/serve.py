@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from consortium.server.archive import Archive
 from consortium.server.enrolment import Enrolment
 from consortium.server.exchange import Exchange
 from consortium.server.federation import CHECKPOINTS, CONFIG, Federation
+from consortium.server.gating import MARGIN, Gates
 from consortium.server.listener import Caps, Listener
 from consortium.server.roster import Roster
 from consortium.server.runs import Runs
@@ -64,6 +66,7 @@ class Server:
         self.runs = Runs(
             self.archive, self.exchange, folder, name, seal=federation.seal, approvals=self.approvals
         )
+        self.gates = Gates(federation, self.archive, self.exchange)
         config = federation.config
         site_door = SiteDoor(federation, self.roster, self.archive, self.exchange, self.approvals)
         self.site_door = Listener(
@@ -177,6 +180,16 @@ class Server:
             return {"renewing": self.roster.ask_renewal()}
         self.federation.rotate(time.time())
         return {"trust": self.federation.trust_serial}
+
+    def gate(self, name: str, document: dict[str, Any]) -> dict[str, Any]:
+        """Begin the gate of a registered version; how it stands."""
+        margin, minimum = document.get("margin"), document.get("minimum")
+        version = document.get("version")
+        return asdict(self.gates.begin(name, version, MARGIN if margin is None else float(margin), minimum))
+
+    def gated(self, name: str) -> dict[str, Any]:
+        """How the last gate of a model stands."""
+        return asdict(self.gates.stand(name))
 
     def _enrolment_port(self) -> int:
         with self._lock:

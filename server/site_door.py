@@ -29,6 +29,7 @@ from consortium.server.archive import Archive
 from consortium.server.endings import news as endings_of
 from consortium.server.exchange import Exchange
 from consortium.server.federation import Federation
+from consortium.server.gating import RUN
 from consortium.server.listener import PeerGone, Request, Response, error_response, json_response
 from consortium.server.offers import Offer, Received, Spooled
 from consortium.server.roster import Roster
@@ -100,7 +101,7 @@ class SiteDoor:
                     offer = None if paused else self._exchange.offer(site, have)
                     if offer is not None:
                         return _frame(offer, notice)
-                    ended = endings_of(self._archive, kept)
+                    ended = endings_of(self._archive, kept) | self._gates_over(kept)
                     if ended:
                         return self._endings(site, nonce, ended)
                     if "studies" in document and self._archive.number() != known:
@@ -111,6 +112,10 @@ class SiteDoor:
         except PeerGone:
             self._exchange.gone(site)
             raise
+
+    def _gates_over(self, kept: dict[str, str]) -> dict[str, str]:
+        """The gates among these runs that ask nothing now, and never will again."""
+        return {run: endings.OVER for run in kept if run.startswith(RUN) and not self._exchange.asks(run)}
 
     def _endings(self, site: str, nonce: str, ended: dict[str, str]) -> Response:
         """Runs that ask nothing more of the site, signed for its question of now."""

@@ -99,6 +99,12 @@ class Probabilities(nn.Module):
         return torch.softmax(outputs, dim=1)
 
 
+def scores(probabilities: Tensor) -> Tensor:
+    """Outputs as `counts` takes them, (n, 1) or (n, classes), of which these probabilities (n, classes) are made."""
+    logs = probabilities.double().clamp_min(torch.finfo(torch.float32).tiny).log()
+    return logs[:, 1:] - logs[:, :1] if logs.shape[1] == 2 else logs
+
+
 def served(classes: int) -> list[dict[str, object]]:
     """The outputs of a classifier's signature."""
     return [{"name": "probability", "classes": [str(code) for code in range(classes)]}]

@@ -62,6 +62,10 @@ class Classifier(Task):
         """See `classification.counts`."""
         return classification.counts(outputs, targets, self.study.evaluation.auroc == "exact")
 
+    def served_metrics(self, served: tuple[Tensor, ...], targets: Tensor) -> Statistics:
+        """As `metrics`, from probabilities (n, classes)."""
+        return self.metrics(classification.scores(served[0]), targets)
+
     def check(self, targets: Mapping[str, Tensor]) -> None:
         """Refuse a federation of one class."""
         classification.refuse_one_class(f"study '{self.study.name}'", targets)

@@ -283,6 +283,10 @@ class Classifier(_Tabular):
         """See `classification.counts`."""
         return classification.counts(outputs, targets, self.study.evaluation.auroc == "exact")
 
+    def served_metrics(self, served: tuple[Tensor, ...], targets: Tensor) -> Statistics:
+        """As `metrics`, from probabilities (n, classes)."""
+        return self.metrics(classification.scores(served[0]), targets)
+
     def check(self, targets: Mapping[str, Tensor]) -> None:
         """Refuse a federation of one class."""
         classification.refuse_one_class(f"study '{self.study.name}', target '{self.table.target}'", targets)
@@ -347,6 +351,11 @@ class Regressor(_Tabular):
         low, high = self.target_range
         errors = (outputs.double() - targets.double()) * (high - low)
         return {"rmse": np.array([float(errors.square().sum()), len(targets)])}
+
+    def served_metrics(self, served: tuple[Tensor, ...], targets: Tensor) -> Statistics:
+        """As `metrics`, from predictions (n, 1) in the target's unit."""
+        low, high = self.target_range
+        return self.metrics((served[0].double() - low) / (high - low), targets)
 
     def served(self) -> list[dict[str, object]]:
         """One number in the target's unit."""

@@ -27,6 +27,7 @@ from typing import Any
 from consortium.protocol.errors import InputError, IntegrityError, RefusedError, nearest
 from consortium.protocol.files import private_folder, sync_folder, write_private
 from consortium.server import seal
+from consortium.server.serving import gate_file
 
 FORMAT = 1
 STATE = "registry.json"
@@ -113,7 +114,8 @@ def promoted(shelf: Shelf, number: int | None) -> Shelf:
 
 def rolled_back(shelf: Shelf) -> Shelf:
     """The champion of before is champion again; the one of now stays as candidate."""
-    sound = [n for n in shelf.before if (found := shelf.version(n)) and not found.withdrawn]
+    others = [n for n in shelf.before if n != shelf.champion]  # it may have been champion before, too
+    sound = [n for n in others if (found := shelf.version(n)) and not found.withdrawn]
     if not sound:
         raise RefusedError("there is no champion of before to go back to; promote a version: NAME@1")
     return replace(shelf, champion=sound[-1], candidate=shelf.champion, before=tuple(sound[:-1]))
@@ -193,17 +195,38 @@ class Registry:
                 shutil.rmtree(partial, ignore_errors=True)
         return shelf.versions[-1]
 
-    def promote(self, name: str, number: int | None, why: str = "") -> Shelf:
-        """See `promoted`. The version's bundle is looked at first.
+    def promote(self, name: str, number: int | None, why: str = "", ungated: bool = False) -> Shelf:
+        """See `promoted`. The version's bundle is looked at first, and in a federation's registry its gate, unless
+        `ungated`, which needs a reason.
 
         Raises:
-            InputError, RefusedError, IntegrityError: there is none such, it was withdrawn, or it is damaged.
+            InputError, RefusedError, IntegrityError: there is none such, it was withdrawn, did not pass its gate, or is
+                damaged.
         """
+        if ungated and not why.strip():
+            raise InputError("--why: whoever promotes a version past its gate says why")
         with self._changing() as state:
-            shelf = promoted(_shelf(state, name), number)
+            before = _shelf(state, name)
+            shelf = promoted(before, number)
             assert shelf.champion is not None
-            self.bundle(name, shelf, shelf.champion)
-            return self._keep(state, name, shelf, "promote", shelf.champion, why)
+            place = self.bundle(name, shelf, shelf.champion)
+            if gate_file.of_federation(self.folder) and not ungated and shelf.champion != before.champion:
+                self._check_gate(name, before, shelf.champion, place)
+            act = "promote ungated" if ungated else "promote"
+            return self._keep(state, name, shelf, act, shelf.champion, why)
+
+    def _check_gate(self, name: str, before: Shelf, number: int, place: Path) -> None:
+        version, signer = before.version(number), seal.read(place).signer
+        champion = None if before.champion is None else before.version(before.champion)
+        assert version is not None
+        held = None if champion is None else champion.bundle
+        root = None if signer is None else signer.root
+        gate_file.check(self.folder, name, number, version.bundle, held, root)
+
+    def gated(self, name: str, number: int, what: str) -> None:
+        """Keep that a version was gated, and what came of it."""
+        with self._changing() as state:
+            self._keep(state, name, _shelf(state, name), "gate", number, what)
 
     def rollback(self, name: str, why: str = "") -> Shelf:
         """See `rolled_back`. Raises RefusedError where there was no champion before."""

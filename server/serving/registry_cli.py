@@ -88,15 +88,26 @@ def list_(
         typer.echo(f"  {_day(act.at)}  {act.act} {act.model}@{act.version} by {act.by}{why}")
 
 
-def promote(which: Which, registry: Folder, why: Why = "", as_json: Json = False) -> None:
+def promote(
+    which: Which,
+    registry: Folder,
+    why: Why = "",
+    ungated: Annotated[
+        bool,
+        typer.Option("--ungated", help="In a federation's registry: without a passed gate; needs --why."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Make the candidate, or the version that is named, the champion: what is served.
+
+    In a federation's own registry (DIR/models) it must have passed its gate: consortium model gate.
 
     Example: consortium model promote breast-cancer --registry models
     """
     from consortium.server.serving.registry import split
 
     name, number = split(which)
-    _said(name, _registry(registry).promote(name, number, why), as_json)
+    _said(name, _registry(registry).promote(name, number, why, ungated), as_json)
 
 
 def rollback(

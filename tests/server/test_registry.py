@@ -92,6 +92,14 @@ def test_no_order_of_acts_puts_a_withdrawn_version_to_use(acts: list[tuple[str, 
         assert shelf.candidate is None or shelf.candidate != shelf.champion
 
 
+def test_rollback_does_not_go_back_to_the_champion_of_now() -> None:
+    """1, then 2, then 1 again; where 2 is withdrawn there is nothing to go back to."""
+    shelf = registered(registered(Shelf(), "a", "m", 1.0), "b", "m", 1.0)
+    shelf = withdrawn(promoted(promoted(promoted(shelf, 1), 2), 1), 2, "why")
+    with pytest.raises(RefusedError, match="no champion of before"):
+        rolled_back(shelf)
+
+
 def test_promote_rollback_withdraw(exported: Path, tmp_path: Path) -> None:
     """The champion follows the acts, each of which is kept; a withdrawn bundle is refused everywhere, in copies too."""
     one = filled(exported, tmp_path)

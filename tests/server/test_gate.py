@@ -1,0 +1,178 @@
+"""The gate: a version is judged at the sites, on their held-out rows, before it may be the champion."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wards
+from founded import found
+from live import COMMAND, Live, live
+
+from consortium.protocol.errors import IntegrityError, RefusedError
+from consortium.protocol.messages import Statistics
+from consortium.server import gate
+from consortium.server.gate import Terms
+from consortium.server.serving import gate_file
+from consortium.simulations.deployment import environment
+
+GROUPS = {"0.0": "sex = F", "0.1": "sex = M"}
+
+
+def counts(all_: float, women: float, men: float, n: float = 100.0) -> Statistics:
+    """How many of a site's rows a model is right about, of n, and of n / 2 of either sex."""
+    return {
+        "accuracy": np.array([all_, n]),
+        "accuracy@0.0": np.array([women, n / 2]),
+        "accuracy@0.1": np.array([men, n / 2]),
+    }
+
+
+CHAMPION = {"a": counts(90, 45, 45), "b": counts(90, 45, 45)}
+
+
+def test_a_version_that_is_no_worse_passes() -> None:
+    """Within the margin nothing is said, at any site and for any group."""
+    said = gate.verdict(Terms("accuracy", 0.01), GROUPS, {**CHAMPION, "b": counts(89, 44.5, 44.5)}, CHAMPION)
+    assert said.why == []
+    assert {(cell["site"], cell["group"]) for cell in said.cells} == {
+        (site, group) for site in ("all", "a", "b") for group in ("all", "sex = F", "sex = M")
+    }
+
+
+def test_a_version_that_is_worse_for_one_group_at_one_site_does_not_pass() -> None:
+    """Better for all together, and worse for the women of one site: that is enough."""
+    worse = {"a": counts(99, 49, 50), "b": counts(92, 42, 50)}
+    said = gate.verdict(Terms("accuracy", 0.05), GROUPS, worse, CHAMPION)
+    assert [one.partition(":")[0] for one in said.why] == ["site b, group sex = F"]
+    assert gate.verdict(Terms("accuracy", 0.07), GROUPS, worse, CHAMPION).why == []
+
+
+def test_for_an_error_more_is_worse() -> None:
+    """A log-loss that rises is a fall, and one that sinks is none."""
+    low, high = ({"a": {"log_loss": np.array([total, 100.0])}} for total in (20.0, 30.0))
+    terms = Terms("log_loss", 0.05)
+    assert gate.verdict(terms, {}, high, low).why
+    assert gate.verdict(terms, {}, low, high).why == []
+    assert gate.verdict(replace(terms, minimum=0.25), {}, high, None).why
+    assert gate.verdict(replace(terms, minimum=0.25), {}, low, None).why == []
+
+
+def test_what_is_not_known_any_more_does_not_pass() -> None:
+    """A group of which the champion has a figure and the version has none; one that neither has is no hindrance."""
+    one_class = {"a": {"auroc": np.array([[0.0, 0.0], [3.0, 7.0]])}}
+    both = {"a": {"auroc": np.array([[9.0, 1.0], [3.0, 7.0]])}}
+    terms = Terms("auroc", 0.01)
+    assert gate.verdict(terms, {}, one_class, both).why
+    assert gate.verdict(terms, {}, one_class, one_class).why == []
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"accuracy": np.array([101.0, 100.0])}, "has the sum"),
+        ({"accuracy": np.array([np.nan, 100.0])}, "not finite"),
+        ({"accuracy": np.array([5.0, 1e9])}, "more examples"),
+        ({"accuracy@0.0": np.array([5.0, 10.0])}, "no counts of all"),
+        ({"accuracy": np.array([5.0, 10.0]), "accuracy@7.7": np.array([5.0, 10.0])}, "does not name"),
+        ({"loss": np.array([5.0, 10.0])}, "nothing of which"),
+    ],
+)
+def test_counts_of_no_honest_site_are_told(table: Statistics, said: str) -> None:
+    """Such a site is left out with a reason; honest counts are taken."""
+    assert said in gate.problem(table, "accuracy", GROUPS, 1e4)
+    assert gate.problem(counts(90, 45, 45), "accuracy", GROUPS, 1e4) == ""
+
+
+def test_the_result_is_signed_and_counts_for_its_version_against_its_champion_alone(tmp_path: Path) -> None:
+    """Any changed byte, another bundle, another champion or another root: refused."""
+    federation = found(tmp_path / "fed")
+    registry, root = tmp_path / "fed" / "models", federation.root_fingerprint
+    (registry / "m").mkdir(parents=True)
+    path = gate_file.place(registry, "m", 2)
+    held = {"federation": "lung", "bundle": "b2", "against": {"bundle": "b1"}, "passed": True, "why": []}
+    gate_file.write(path, held, federation.seal)
+    gate_file.check(registry, "m", 2, "b2", "b1", root)
+    with pytest.raises(RefusedError, match="against another champion"):
+        gate_file.check(registry, "m", 2, "b2", "b0", root)
+    with pytest.raises(RefusedError, match="has not been gated"):
+        gate_file.check(registry, "m", 3, "b2", "b1", root)
+    for bundle, signer in (("b3", root), ("b2", "0" * 64)):
+        with pytest.raises(IntegrityError, match=r"2\.gate\.json"):
+            gate_file.check(registry, "m", 2, bundle, "b1", signer)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 60)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(IntegrityError, match=r"2\.gate\.json"):
+            gate_file.check(registry, "m", 2, "b2", "b1", root)
+    gate_file.write(path, {**held, "passed": False, "why": ["site a fell"]}, federation.seal)
+    with pytest.raises(RefusedError, match="site a fell"):
+        gate_file.check(registry, "m", 2, "b2", "b1", root)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A federation of three sites that allow the study, and its registry with a champion to be."""
+    folder = tmp_path_factory.mktemp("gate")
+    with ExitStack() as stack:
+        started = stack.enter_context(live(folder))
+        for site, place in wards.write(folder / "tables").items():
+            started.join(site, place)
+        started.gather()
+        started.admin.post("/v1/studies", text=wards.study().text)
+        yield started
+
+
+def command(one: Live, *words: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `consortium model ...`."""
+    done = subprocess.run(
+        [*map(str, COMMAND), "model", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_version_is_gated_and_a_worse_one_is_not_promoted(one: Live, tmp_path: Path) -> None:
+    """The first version passes against none; one that is worse at one site alone is refused, and says where."""
+    server, registry = one.folder / "server", one.folder / "server" / "models"
+    wards.register(one, wards.bundle(one, tmp_path / "first", 1))
+    code, _, said = command(one, "promote", "wards", "--registry", registry)
+    assert code == 3, said
+    assert "has not been gated" in said
+    code, out, said = command(one, "gate", "wards", "--dir", server, "--minimum", "0.9", "--json")
+    assert code == 0, said
+    result = json.loads(out)
+    assert result["passed"]
+    assert result["sites"] == list(wards.SITES)
+    shown = {(cell["site"], cell["group"]) for cell in result["cells"]}
+    assert {("all", "all"), ("site-3", "all"), ("site-1", "sex = F"), ("all", "sex = M")} <= shown
+    assert command(one, "promote", "wards", "--registry", registry)[0] == 0
+
+    wards.register(one, wards.bundle(one, tmp_path / "ward", 2, {"ward": "ward-3"}))
+    code, out, said = command(one, "gate", "wards", "--dir", server, "--margin", "0.2")
+    assert code == 3, (out, said)
+    failing = {line.partition(":")[0] for line in out.splitlines() if "more than the margin" in line}
+    assert "site site-3, group all" in failing
+    assert "site site-3, group sex = F" in failing
+    assert not any(site in line for line in failing for site in ("site-1", "site-2"))
+    code, _, said = command(one, "promote", "wards", "--registry", registry)
+    assert code == 3
+    assert "did not pass its gate" in said
+
+    code, _, said = command(
+        one, "promote", "wards", "--registry", registry, "--ungated", "--why", "for a test"
+    )
+    assert code == 0, said
+    code, out, _ = command(one, "list", registry, "--json")
+    assert [act["act"] for act in json.loads(out)["history"]][-1] == "promote ungated"
