@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from consortium.client.home import Home
-from consortium.privacy.ledger import Budget, Ledger, Question, charge_of, ledger_name
+from consortium.client.work import Release
+from consortium.privacy.ledger import Budget, Charge, Ledger, Question, charge_of, ledger_name
 from consortium.privacy.mechanisms import mechanism_of
 from consortium.protocol import wire
 from consortium.protocol.chain import Head, Witness, check_witness
@@ -22,7 +23,7 @@ from consortium.protocol.connection import Connection
 from consortium.protocol.errors import IntegrityError
 from consortium.protocol.files import write_private
 from consortium.protocol.keys import Lock
-from consortium.protocol.messages import Instruction
+from consortium.protocol.messages import Instruction, parse
 from consortium.protocol.study import Study
 from consortium.protocol.trust import Trust
 
@@ -56,8 +57,9 @@ class Charges:
         self._ledger = ledger_in(home, lock)
         self._shown: Head | None = None
 
-    def charge(self, about: Instruction, study: Study, data: str, most: float | None = None) -> None:
-        """Charge what an instruction asks to compute over a data set, unless it was charged before.
+    def charge(self, about: Instruction, study: Study, data: str, most: float | None = None) -> Release:
+        """Charge what an instruction asks to compute over a data set, unless it was charged before; gives what is to be
+        called before the answer leaves, as that may be another than what was charged.
 
         most: the epsilon that the study may spend of the data set; None: no limit but the data set's own.
 
@@ -68,17 +70,30 @@ class Charges:
         """
         mechanism = mechanism_of(study)
         if about.kind != "train" and mechanism is not None:
-            return  # counts of held-out rows: declared, not covered (docs/privacy.md)
+            return lambda _: None  # counts of held-out rows: declared, not covered (docs/privacy.md)
         if self._shown is None:
             self._show()
         question = Question(about.run, about.round, about.attempt, about.model)
         limit = None
         if most is not None:
             limit = Budget(most, study.privacy.delta or NO_DELTA, study.privacy.unit)
-        charged = self._ledger.charge(
-            charge_of(data, question, about.study, mechanism), study.rounds, self._clock(), limit
-        )
+        one = charge_of(data, question, about.study, mechanism)
+        charged = self._ledger.charge(one, study.rounds, self._clock(), limit)
         if charged or self._shown != self._ledger.head:
+            self._show()
+        return lambda header: self._release(one, header, study.rounds, limit)
+
+    def _release(self, charge: Charge, header: bytes, rounds: int, most: Budget | None) -> None:
+        """Note an answer before it leaves; one that is not what left before for the same step is charged.
+
+        Raises:
+            RefusedError: a budget would be passed.
+            IntegrityError, ConsortiumError: as `charge`.
+        """
+        answer = parse(header)
+        if charge.release is None or answer.fields["status"] != "done":
+            return
+        if self._ledger.release(charge, answer.sha256, rounds, self._clock(), most):
             self._show()
 
     def _show(self) -> None:

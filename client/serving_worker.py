@@ -34,7 +34,7 @@ import torch
 
 from consortium.client.judging import check_graph
 from consortium.client.site import Site, check_model, open_site, start
-from consortium.client.store import Kept, Store
+from consortium.client.store import Kept, Store, asked_for
 from consortium.client.task import Source, task_of
 from consortium.client.trainer import Resident
 from consortium.protocol import local
@@ -156,14 +156,19 @@ class Worker:
 
         model: the digest of the model in the content, as it was found then.
         """
-        instruction = assemble(parse(header), _mapped(files))
+        parsed = parse(header)
+        instruction = assemble(parsed, _mapped(files))
         if not isinstance(instruction, Instruction) or instruction.run != run:
             raise IntegrityError("the worker was given something else than an instruction of its run")
         store = Store(self._state, run, self._key, self._epoch)
-        sent = self._answer(store, instruction, model)
+        # Noise makes each answer that is computed another release; without it, it comes to the same.
+        private = self._study.privacy.mechanism != "none"
+        sent = self._answer(
+            store, instruction, model, asked_for(instruction, parsed.sha256) if private else ""
+        )
         return sent, [store.open()] if parse(sent).length else []
 
-    def _answer(self, store: Store, instruction: Instruction, model: str) -> bytes:
+    def _answer(self, store: Store, instruction: Instruction, model: str, asked: str) -> bytes:
         """The answer given before to the same instruction, or a new one, kept before it is returned: its header."""
         if instruction.study != self._study.digest or instruction.site != self._site.name:
             raise IntegrityError("the instruction is for another study or site than this worker")
@@ -172,7 +177,7 @@ class Worker:
                 raise IntegrityError("the instruction is for another run than this worker")
             self._kept = store.load().without_content()
             self._run, self._site.memory = instruction.run, self._kept.memory
-        before = self._kept.header_to(instruction)
+        before = self._kept.header_to(instruction, asked)
         if before is not None:
             return before
         if instruction.kind == "judge":
@@ -183,7 +188,7 @@ class Worker:
             answer = self._site.answer(instruction)
             if answer.status == "declined":
                 return encode(replace(answer, reason=_told(answer.reason, self._given)))[0]
-            self._kept = store.save(self._kept.after(self._site.memory, answer))
+            self._kept = store.save(self._kept.after(self._site.memory, answer, asked))
             return self._kept.header
         finally:
             self._site.memory = self._kept.memory  # what was not kept did not happen

@@ -79,11 +79,12 @@ class Rows:
     test_people: NDArray[np.int64] | None = None
 
 
-Draws = Callable[[str, int, int], Stream]
-"""(site, round, attempt) -> the randomness that the site's privacy rests on in that exchange."""
+Draws = Callable[[str, int], Stream]
+"""(site, round) -> the randomness that the site's privacy rests on in that round. A round that is tried again has the
+same answer live, so it has the same draws in a simulation."""
 
 
-def from_the_system(site: str, round: int, attempt: int) -> Stream:
+def from_the_system(site: str, round: int) -> Stream:
     """The only draws that protect anybody."""
     return Stream.system()
 
@@ -201,7 +202,7 @@ class Site:
         if instruction.kind == "evaluate":
             return Answer.to_instruction(instruction, metrics=counts)
         number, seed = instruction.round, self.study.seed
-        draws = None if self.mechanism is None else self.draws(self.name, number, instruction.attempt)
+        draws = None if self.mechanism is None else self.draws(self.name, number)
         private = None
         if self.mechanism is not None and draws is not None and self.mechanism.name == "dp-sgd":
             private = Private(self.mechanism, draws, self._units)

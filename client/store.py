@@ -32,6 +32,7 @@ from consortium.protocol.messages import (
     Instruction,
     Payload,
     assemble,
+    canonical,
     contents,
     encode,
     header_of,
@@ -59,16 +60,20 @@ class Kept:
     last: with its content where it was loaded, without where it was just saved.
     given: what it answered so far, the latest last, at most `MOST_GIVEN`: question and the answer's `fingerprint`. The
         last answer is among them once it is saved.
-    header: of the last answer, as it was saved.
+    header: of the last answer, as it was saved. asked: the `asked_for` of what it answers, "" where that is not kept.
     """
 
     memory: Memory = field(default_factory=Memory)
     last: Answer | None = None
     given: tuple[tuple[Question, str], ...] = ()
     header: bytes = b""
+    asked: str = ""
 
-    def answer_to(self, instruction: Instruction) -> Answer | None:
+    def answer_to(self, instruction: Instruction, content: str = "") -> Answer | None:
         """The answer that was given to this very question before, with the nonce of now; None if it is new.
+
+        content: where noise makes every answer another release, the `asked_for` of the instruction: a void round that
+            is tried again, otherwise the same, gets the answer of the attempt before.
 
         Raises:
             RefusedError: it was given before the last one, and is not there any more.
@@ -76,24 +81,28 @@ class Kept:
         one, asked = self.last, question(instruction)
         if one is not None and one.run == instruction.run and question(one) == asked:
             return replace(one, nonce=instruction.nonce)
+        if one is not None and content and content == self.asked and _tried_again(one, instruction):
+            return replace(one, nonce=instruction.nonce, attempt=instruction.attempt)
         if any(asked == before for before, _ in self.given):
             raise RefusedError(
                 "this was answered before, and something else since; nothing is computed twice"
             )
         return None
 
-    def header_to(self, instruction: Instruction) -> bytes | None:
+    def header_to(self, instruction: Instruction, content: str = "") -> bytes | None:
         """As `answer_to`, as the header that goes with the content in the file."""
-        return readdressed(self.header, instruction.nonce) if self.answer_to(instruction) else None
+        if self.answer_to(instruction, content) is None:
+            return None
+        return readdressed(self.header, instruction.nonce, instruction.attempt)
 
     def without_content(self) -> Kept:
         """The same without the last answer's content, for whoever needs its header alone."""
         last = replace(self.last, payload=Payload()) if self.last is not None else None
         return replace(self, last=last)
 
-    def after(self, memory: Memory, answer: Answer) -> Kept:
+    def after(self, memory: Memory, answer: Answer, asked: str = "") -> Kept:
         """What is to be saved once `answer` was made, which left the site with `memory`."""
-        return Kept(memory, answer, self.given)
+        return Kept(memory, answer, self.given, asked=asked)
 
 
 Question = tuple[int, int, str, str]
@@ -103,6 +112,24 @@ Question = tuple[int, int, str, str]
 def question(message: Answer | Instruction) -> Question:
     """What a message of a run asks or answers."""
     return (message.round, message.attempt, message.kind, message.model)
+
+
+def _tried_again(answer: Answer, instruction: Instruction) -> bool:
+    """Whether the instruction is a later attempt at the answer's round of training, from the same model."""
+    names = ("run", "round", "kind", "model")
+    same = all(getattr(answer, name) == getattr(instruction, name) for name in names)
+    return same and instruction.kind == "train" and answer.attempt < instruction.attempt
+
+
+def asked_for(instruction: Instruction, content: str) -> str:
+    """SHA-256 (hex) of all in an instruction that decides what is computed. content: SHA-256 (hex) of its content."""
+    about = {
+        "study": instruction.study,
+        "layout": instruction.layout,
+        "admitted": instruction.admitted,
+        "content": content,
+    }
+    return hashlib.sha256(canonical(about)).hexdigest()
 
 
 def fingerprint(answer: Answer) -> str:
@@ -173,7 +200,7 @@ class Store:
         content = _Content(kept, self._epoch)
         pieces = content.pieces()
         write_pieces(self._path, sealing(pieces, self._key) if self._key is not None else pieces)
-        return Kept(kept.memory, kept.last, content.given, content.header).without_content()
+        return Kept(kept.memory, kept.last, content.given, content.header, kept.asked).without_content()
 
 
 class _Content:
@@ -206,6 +233,7 @@ class _Content:
             "epoch": self._epoch,
             "pending_round": memory.pending_round,
             "header": self.header.decode(),
+            "asked": self._kept.asked,
             "given": [[*asked, sha] for asked, sha in self.given],
             "arrays": arrays,
         }
@@ -242,4 +270,4 @@ def _read(whole: memoryview, epoch: int) -> Kept:
     if about.get("epoch", 0) != epoch:
         return Kept(memory)
     given = tuple(((r, a, k, m), sha) for r, a, k, m, sha in about["given"])
-    return Kept(memory, last, given, header)
+    return Kept(memory, last, given, header, str(about.get("asked", "")))

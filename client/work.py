@@ -76,7 +76,9 @@ class Answered:
         return os.fstat(self.content.fileno()).st_size
 
 
-Charge = Callable[[Instruction, Study, str, float | None], None]
+Release = Callable[[bytes], None]
+"""Called with the header of an answer before it leaves; raises RefusedError where it must not."""
+Charge = Callable[[Instruction, Study, str, float | None], Release]
 
 
 class Interrupted(ConsortiumError):  # noqa: N818 - it is what happened, not a mistake
@@ -148,12 +150,13 @@ class SiteWork:
         with self._lock:
             self._doing, halts = run, self._halted(run)
         data, unconfined, epsilon = self._allowed(given)
-        self._charge(given.about, given.study, data.name, epsilon)
+        release = self._charge(given.about, given.study, data.name, epsilon)
         for death in range(1, DEATHS + 1):
             process = self._worker(given, data, unconfined, halts)
             try:
                 seconds = given.about.expires - time.time()
                 header, content = process.ask(run, given.header, given.content, given.model, seconds)
+                _released(release, header, content)
                 return Answered(header, content, self._key.of(f"run {run}"))
             except WorkerDied as error:
                 self._drop(run)
@@ -333,3 +336,12 @@ class SiteWork:
             self._stopped = True
         self._snapshots.stop()
         self.interrupt()
+
+
+def _released(release: Release, header: bytes, content: BinaryIO | None) -> None:
+    try:
+        release(header)
+    except BaseException:
+        if content is not None:
+            content.close()
+        raise

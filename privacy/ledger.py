@@ -3,6 +3,7 @@
 Kinds of entries, over `protocol/chain.py`:
 
     charge      one release that is about to be computed; the entry comes first
+    answer      what is about to leave for a charge, by the SHA-256 of its content: the same again costs nothing
     unbounded   a run without a mechanism, over a data set: nothing bounds it any more
     budget      what the operator allows a data set to spend, in place of what was allowed before
 
@@ -14,8 +15,8 @@ names are two accounts, so give them one name.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,24 @@ RELATIONS: dict[Unit, Relation] = {
 }
 
 
+Step = tuple[str, int, str]
+"""Run, round and the digest of the model: what is trained once, however often it is asked for."""
+
+
 @dataclass(frozen=True)
 class Question:
-    """What a site is asked: the same question again is answered by the same bytes, and costs nothing."""
+    """What a site is asked: the same question again is answered by the same bytes, and costs nothing. Nor does another
+    attempt at the same step, which is answered by the bytes of the attempt before."""
 
     run: str
     round: int
     attempt: int
     model: str
+
+    @property
+    def step(self) -> Step:
+        """The question, whatever the attempt."""
+        return (self.run, self.round, self.model)
 
 
 @dataclass(frozen=True)
@@ -81,11 +92,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Account:
-    """What is known of one data set. charges: in the order in which they were made."""
+    """What is known of one data set. charges: in the order in which they were made. left: the SHA-256 of all that left,
+    by step; never more of one than it has charges."""
 
     data: str
     charges: tuple[Charge, ...] = ()
     budget: Budget | None = None
+    left: Mapping[Step, frozenset[str]] = field(default_factory=dict)
 
     @property
     def unbounded(self) -> tuple[str, ...]:
@@ -165,7 +178,8 @@ class Ledger:
         self._chain.append("budget", body, at)
 
     def charge(self, charge: Charge, rounds: int, at: float, most: Budget | None = None) -> bool:
-        """Charge a release before it is computed; False where this very question was charged before.
+        """Charge a release before it is computed; False where this step of its run was charged before, in whatever
+        attempt: what is sent then is what left before, or `release` charges it.
 
         rounds: of the study, which never releases more often than its epsilon was calibrated for. most: what this study
         may spend of the data set, all its runs together, at the delta and per unit of the data set's budget where that
@@ -180,14 +194,40 @@ class Ledger:
         same_run = [one for one in account.charges if one.question.run == charge.question.run]
         if charge.release is None and same_run:
             return False
-        if any(one.question == charge.question for one in same_run):
+        if any(one.question.step == charge.question.step for one in same_run):
             return False
+        self._spend(account, charge, rounds, at, most)
+        return True
+
+    def release(
+        self, charge: Charge, sha256: str, rounds: int, at: float, most: Budget | None = None
+    ) -> bool:
+        """Note an answer that is about to leave; True where it had to be charged, as all that its step was charged for
+        has left as other bytes. (The site lost what it had kept, or was asked for something else under the same names.)
+        Nothing is written where these very bytes have left before.
+
+        sha256: hex, of the answer's content. rounds, most: as of `charge`.
+
+        Raises as `charge`; the answer must not leave then.
+        """
+        account, step = self.accounts().get(charge.data, Account(charge.data)), charge.question.step
+        before = account.left.get(step, frozenset())
+        if sha256 in before:
+            return False
+        again = len(before) >= sum(one.question.step == step for one in account.charges)
+        if again:
+            self._spend(account, charge, rounds, at, most)
+        run, round, model = step
+        body = {"data": charge.data, "run": run, "round": round, "model": model, "sha256": sha256}
+        self._chain.append("answer", body, at)
+        return again
+
+    def _spend(self, account: Account, charge: Charge, rounds: int, at: float, most: Budget | None) -> None:
+        same_run = [one for one in account.charges if one.question.run == charge.question.run]
         _check(account, charge, len(same_run), rounds)
         if most is not None:
             _check_study(account, charge, most)
-        kind = "unbounded" if charge.release is None else "charge"
-        self._chain.append(kind, _body(charge), at)
-        return True
+        self._chain.append("unbounded" if charge.release is None else "charge", _body(charge), at)
 
 
 def _check(account: Account, charge: Charge, before: int, rounds: int) -> None:
@@ -248,12 +288,17 @@ def accounts(entries: Iterable[Entry]) -> dict[str, Account]:
     """
     charges: dict[str, list[Charge]] = {}
     budgets: dict[str, Budget] = {}
+    left: dict[str, dict[Step, frozenset[str]]] = {}
     for entry in entries:
         try:
             data = str(entry.body["data"])
             charges.setdefault(data, [])
             if entry.kind == "budget":
                 budgets[data] = Budget(entry.body["epsilon"], entry.body["delta"], entry.body["unit"])
+            elif entry.kind == "answer":
+                step = (str(entry.body["run"]), int(entry.body["round"]), str(entry.body["model"]))
+                own = left.setdefault(data, {})
+                own[step] = own.get(step, frozenset()) | {str(entry.body["sha256"])}
             elif entry.kind in ("charge", "unbounded"):
                 charges[data].append(_charge(entry))
             else:
@@ -262,7 +307,10 @@ def accounts(entries: Iterable[Entry]) -> dict[str, Account]:
                 )
         except (KeyError, TypeError, InputError) as error:
             raise IntegrityError(f"ledger: entry {entry.sequence} is none of a ledger") from error
-    return {data: Account(data, tuple(made), budgets.get(data)) for data, made in charges.items()}
+    return {
+        data: Account(data, tuple(made), budgets.get(data), left.get(data, {}))
+        for data, made in charges.items()
+    }
 
 
 def _body(charge: Charge) -> dict[str, Any]:

@@ -238,14 +238,17 @@ def header_of(message: Message, parts: Sequence[Mapping[str, Any]], sha256: str)
     )
 
 
-def readdressed(header: bytes, nonce: str) -> bytes:
-    """The header of a message with another nonce, for the same content.
+def readdressed(header: bytes, nonce: str, attempt: int | None = None) -> bytes:
+    """The header of a message with another nonce, and perhaps of another attempt, for the same content.
 
     Raises:
         IntegrityError: as `parse`.
     """
     document = parse(header).model_dump()
-    return canonical({**document, "fields": {**document["fields"], "nonce": nonce}})
+    fields = {**document["fields"], "nonce": nonce}
+    if attempt is not None:
+        fields["attempt"] = attempt
+    return canonical({**document, "fields": fields})
 
 
 def _arrays(message: Message) -> list[tuple[str, str, NDArray[Any]]]:

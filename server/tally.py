@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -195,17 +196,18 @@ def _counts(reducer: Reducer, weight: float) -> float:
 def releases(rounds: Sequence[Round], mechanism: Mechanism | None) -> dict[str, int]:
     """How often each site released what its privacy is spent on, by site; empty without a mechanism.
 
-    A site that adds its noise itself may have released in every attempt that it was asked in, whether or not that
-    counted. What is noised at the server is released only in rounds that moved the model.
+    A site that adds its noise itself may have released in every round that it was asked in, whether or not that
+    counted; in further attempts at a round it sends the same bytes again. What is noised at the server is released only
+    in rounds that moved the model.
     """
-    counts: dict[str, int] = {}
+    found: set[tuple[str, int]] = set()
     for record in rounds:
         if mechanism is None or not record.round:
             continue
         central = mechanism.name == "central-gaussian"
-        for site in () if central and record.void else record.admitted if central else record.asked:
-            counts[site] = counts.get(site, 0) + 1
-    return counts
+        sites = () if central and record.void else record.admitted if central else record.asked
+        found |= {(site, record.round) for site in sites}
+    return dict(Counter(site for site, _ in found))
 
 
 def over_budget(rounds: Sequence[Round]) -> set[str]:

@@ -15,7 +15,7 @@ from site_world import SITE, World
 
 from consortium.client.approvals import APPROVED, Approval, Approvals, decided, made
 from consortium.client.review import document, page
-from consortium.client.work import Given, SiteWork
+from consortium.client.work import Given, Release, SiteWork
 from consortium.protocol import bundle, chain
 from consortium.protocol.bundle import Bundle
 from consortium.protocol.chain import Chain, Head
@@ -105,7 +105,11 @@ def test_one_byte_or_one_setting_off_is_another_study(desk: Desk) -> None:
         packed(more=b""),
     ]
     work = SiteWork(
-        desk.home, desk.home.data_key(desk.home.lock()), desk.approvals, desk.public, lambda *_: None
+        desk.home,
+        desk.home.data_key(desk.home.lock()),
+        desk.approvals,
+        desk.public,
+        lambda *_: lambda _: None,
     )
     for other in others:
         assert desk.allowed(other) is None
@@ -249,7 +253,7 @@ def test_an_approvals_epsilon_reaches_the_ledger_before_anything_is_computed(des
     """No worker is started: there is none in this world, and the charge comes first."""
     one, told = packed(PRIVATE), list[float | None]()
 
-    def charge(about: object, study: object, data: str, most: float | None) -> None:
+    def charge(about: object, study: object, data: str, most: float | None) -> Release:
         told.append(most)
         raise RefusedError("privacy budget: spent")
 

@@ -17,6 +17,7 @@ import torch
 from site_world import SITE, World, program, retold, wait_for
 
 from consortium.client import mapping
+from consortium.client.charges import ledger_in
 from consortium.client.datasets import Datasets
 from consortium.client.site import Site, open_site, start
 from consortium.client.task import Source, task_of
@@ -159,6 +160,32 @@ def test_an_answer_that_was_stored_but_not_sent_is_sent_after_a_restart(world: W
     with program(world):
         answer = world.answer_to(again)
     assert retold(answer) == retold(expected)
+
+
+def test_a_void_private_round_tried_again_gets_the_same_bytes_and_costs_nothing(world: World) -> None:
+    """Noise would make a new answer another release: the next attempt gets the bytes of the one before, signed for it,
+    and is not charged. A site that lost what it kept computes anew, and is charged before that leaves."""
+    privacy = {"mechanism": "dp-sgd", "epsilon": 3.0, "delta": 1e-5, "clip_norm": 1.0}
+    study = with_study(world, privacy=privacy)
+
+    def charges() -> int:
+        book = ledger_in(world.home, world.home.lock())
+        return len(book.accounts()["patients"].charges)
+
+    with program(world):
+        first, second = (world.answer_to(ask(world, study, "train", 1, attempt=number)) for number in (0, 1))
+        assert (first.attempt, second.attempt, charges()) == (0, 1, 1)
+        assert first.payload.vectors["shared"].tobytes() == second.payload.vectors["shared"].tobytes()
+        other = ask(world, study, "train", 1, attempt=2, admitted=1)
+        third = world.answer_to(other)  # not the same question: it is computed, and charged
+        assert third.payload.vectors["shared"].tobytes() != second.payload.vectors["shared"].tobytes()
+        assert charges() == 2
+    for kept in world.home.state.iterdir():
+        kept.unlink()
+    with program(world):
+        fourth = world.answer_to(ask(world, study, "train", 1, attempt=3))
+        assert fourth.payload.vectors["shared"].tobytes() != third.payload.vectors["shared"].tobytes()
+        assert charges() == 3
 
 
 @pytest.mark.slow

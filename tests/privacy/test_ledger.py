@@ -39,14 +39,39 @@ def test_what_is_charged_is_added_up_over_studies_and_restarts(tmp_path: Path) -
 
 
 def test_the_same_question_costs_nothing_again(tmp_path: Path) -> None:
-    """Also after a restart; another attempt or another model is another question."""
+    """Also after a restart, and in another attempt at the round; another model is another question."""
     book = ledger(tmp_path)
     assert book.charge(charge(1), 5, 1.0)
     assert not book.charge(charge(1), 5, 2.0)
     assert not ledger(tmp_path).charge(charge(1), 5, 3.0)
-    again = Charge("patients", Question("r.1", 1, 1, "model 1"), "s" * 64, "record", "dp-sgd", RELEASE)
-    assert book.charge(again, 5, 4.0)
-    assert book.head.sequence == 2
+    again = replace(charge(1), question=Question("r.1", 1, 1, "model 1"))
+    assert not book.charge(again, 5, 4.0)
+    assert book.head.sequence == 1
+    assert book.charge(replace(charge(1), question=Question("r.1", 1, 1, "other")), 5, 5.0)
+
+
+def test_other_bytes_for_what_was_answered_before_are_charged_before_they_leave(tmp_path: Path) -> None:
+    """Never are there more answers out than charges: a site that lost what it had kept pays again, or sends nothing;
+    what never left is not paid twice. All of it survives a restart."""
+    book, first = ledger(tmp_path), charge(1)
+    again = replace(first, question=Question("r.1", 1, 1, "model 1"))
+    book.charge(first, 2, 1.0)  # and killed before it was answered
+    assert not book.charge(first, 2, 2.0)
+    assert not book.release(first, "a" * 64, 2, 3.0)
+    assert not book.release(again, "a" * 64, 2, 4.0)  # the same bytes
+    book = ledger(tmp_path)
+    assert book.release(again, "b" * 64, 2, 5.0)
+    assert len(book.accounts()["patients"].charges) == 2
+    assert not book.release(first, "a" * 64, 2, 6.0)
+    assert not book.release(first, "b" * 64, 2, 6.0)
+    head = book.head
+    with pytest.raises(RefusedError, match="2 releases"):
+        book.release(again, "c" * 64, 2, 7.0)
+    book.allow("patients", Budget(0.01, 1e-5, "record"), 8.0)
+    with pytest.raises(RefusedError, match="budget is"):
+        book.release(again, "d" * 64, 9, 9.0)
+    assert book.head.sequence == head.sequence + 1
+    assert book.verify() == book.head
 
 
 def test_a_budget_is_checked_before_anything_is_charged(tmp_path: Path) -> None:

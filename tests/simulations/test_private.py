@@ -73,8 +73,9 @@ def test_an_exported_model_says_what_each_site_spent(tmp_path: Path) -> None:
     assert any("evaluation" in line for line in said["not_covered"])
 
 
-def test_a_void_attempt_is_counted_where_the_site_adds_the_noise() -> None:
-    """What left a site in an attempt that did not count was released all the same; what the server noises was not."""
+def test_a_round_that_is_tried_again_is_released_once() -> None:
+    """Where the site adds the noise, it sends the same bytes in the next attempt, and a round that stays void counts;
+    what the server noises is released only where the model moved."""
     from consortium.server.tally import releases
     from consortium.simulations.faults import Fault
 
@@ -85,8 +86,9 @@ def test_a_void_attempt_is_counted_where_the_site_adds_the_noise() -> None:
         mechanism = Plan(study, strategy_of(study), ran("record").layout, outcome.model).mechanism
         voids = sum(bool(record.void) for record in outcome.state.rounds)
         counted = releases(outcome.state.rounds, mechanism)
-        assert counted["site-3"] == outcome.state.round + (voids if name == "record" else 0)
         assert voids
+        assert outcome.state.round == 1
+        assert counted["site-3"] == outcome.state.round + (name == "record")
 
 
 def test_study_check_prints_what_each_site_will_have_spent(tmp_path: Path) -> None:
