@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 from collections.abc import Iterable
@@ -26,8 +27,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            for piece in pieces:
-                write_all(descriptor, piece)
+            write_early(descriptor, pieces)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -41,6 +41,31 @@ def write_pieces(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -
     sync_folder(path.parent)
 
 
+EARLY = 8 << 20
+"""Bytes after which the disk begins to take what was written."""
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE of <fcntl.h>
+
+
+def write_early(descriptor: int, pieces: Iterable[bytes | bytearray | memoryview], place: int = 0) -> int:
+    """Write `pieces` one after the other into a file from `place` on; returns where they end.
+
+    The disk takes them meanwhile, so that the fsync after 400 MB waits for the last few alone. It is no less needed.
+
+    Raises:
+        OSError: the disk is full, and the like.
+    """
+    begin, given = getattr(ctypes.CDLL(None), "sync_file_range", None), place
+    for piece in pieces:
+        left = memoryview(piece).cast("B")
+        while left:
+            count = os.pwrite(descriptor, left, place)
+            left, place = left[count:], place + count
+        if begin is not None and place - given >= EARLY:  # Linux has it; elsewhere the fsync does it all
+            begin(descriptor, ctypes.c_int64(given), ctypes.c_int64(place - given), _WRITE)
+            given = place
+    return place
+
+
 MEMORY = 64 << 20
 """Bytes up to which a working file is held in memory; beyond it lies on disk, not encrypted, and without a name."""
 
@@ -50,13 +75,6 @@ def working_file(folder: Path, size: int) -> int:
     if size <= MEMORY:
         return os.memfd_create("consortium", os.MFD_CLOEXEC)
     return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-
-
-def write_all(descriptor: int, content: bytes | bytearray | memoryview) -> None:
-    """Write all of `content` to an open file, from where it stands."""
-    left = memoryview(content).cast("B")
-    while left:
-        left = left[os.write(descriptor, left) :]
 
 
 def sync_folder(folder: Path) -> None:

@@ -125,33 +125,51 @@ def read(path: Path, key: DataKey) -> bytearray:
 
 def sealing(pieces: Iterable[Piece], key: DataKey) -> Iterator[Piece]:
     """The bytes of a sealed file with this content, in order. What is yielded is overwritten by the next."""
-    salt = secrets.token_bytes(_SALT)
-    cipher, prefix = _cipher(key, salt)
-    out = memoryview(bytearray(CHUNK + _TAG))
-    yield _MAGIC + salt
-    number, kept = 0, bytearray()  # the last chunk is kept back, full or not
-
-    def chunk(content: Piece, *, last: bool) -> Piece:
-        nonlocal number
-        cipher.encrypt_into(_nonce(prefix, number, last=last), content, None, out[: len(content) + _TAG])
-        number += 1
-        return out[: len(content) + _TAG]
-
+    sealer = Sealer(key)
     for piece in pieces:
-        view = memoryview(piece).cast("B")
+        yield from sealer.take(piece)
+    yield sealer.end()
+
+
+class Sealer:
+    """Makes the bytes of one sealed file, of content that comes by and by: of each `take` and then `end`, in order."""
+
+    def __init__(self, key: DataKey) -> None:
+        salt = secrets.token_bytes(_SALT)
+        self._cipher, self._prefix = _cipher(key, salt)
+        self._out = memoryview(bytearray(CHUNK + _TAG))
+        self._start, self._number = _MAGIC + salt, 0
+        self._kept = bytearray()  # the last chunk is kept back, full or not
+
+    def take(self, piece: Piece) -> Iterator[Piece]:
+        """What can be written now that this content came. What is yielded is overwritten by the next."""
+        if self._start:
+            yield self._start
+            self._start = b""
+        view, kept = memoryview(piece).cast("B"), self._kept
         while view:
             if not kept and len(view) > CHUNK:
-                yield chunk(view[:CHUNK], last=False)
+                yield self._chunk(view[:CHUNK], last=False)
                 view = view[CHUNK:]
                 continue
             if len(kept) == CHUNK:
-                yield chunk(kept, last=False)
+                yield self._chunk(kept, last=False)
                 kept.clear()
                 continue
             taken = CHUNK - len(kept)
             kept += view[:taken]
             view = view[taken:]
-    yield chunk(kept, last=True)
+
+    def end(self) -> Piece:
+        """The rest of the file."""
+        start, self._start = self._start, b""
+        return start + bytes(self._chunk(self._kept, last=True))
+
+    def _chunk(self, content: Piece, *, last: bool) -> Piece:
+        out = self._out[: len(content) + _TAG]
+        self._cipher.encrypt_into(_nonce(self._prefix, self._number, last=last), content, None, out)
+        self._number += 1
+        return out
 
 
 class Sealed:

@@ -26,7 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from consortium.protocol.errors import ConsortiumError, IntegrityError
-from consortium.protocol.sealed import DataKey, Piece, Sealed, is_sealed, sealing
+from consortium.protocol.files import write_early
+from consortium.protocol.layout import Vector
+from consortium.protocol.sealed import DataKey, Piece, Sealed, Sealer, is_sealed
 from consortium.server.records import Evaluation, Past, Round, RunState
 
 FORMAT = 1
@@ -91,6 +93,24 @@ class _File:
             start += len(piece)
 
 
+class Begun:
+    """A file that is being written, of which `model` is the beginning."""
+
+    def __init__(self, model: Vector, file: int, sealer: Sealer | None) -> None:
+        self.model, self.file = model, file
+        self._sealer, self._place = sealer, 0
+
+    def put(self, content: Piece) -> None:
+        """Add content. Raises OSError: the disk is full, and the like."""
+        pieces = self._sealer.take(content) if self._sealer is not None else [content]
+        self._place = write_early(self.file, pieces, self._place)
+
+    def end(self) -> None:
+        """Add what is left of it."""
+        if self._sealer is not None:
+            self._place = write_early(self.file, [self._sealer.end()], self._place)
+
+
 class Writer:
     """Writes states of one run, each of which continues the one before: records are encoded once, and copied from the
     file before from then on.
@@ -103,8 +123,20 @@ class Writer:
         self._rounds: _Lines[Round] | None = None
         self._evaluations: _Lines[Evaluation] | None = None
 
-    def write(self, state: RunState, file: int) -> str:
+    def begin(self, model: Vector, file: int) -> Begun:
+        """Write the model, with which every state begins, into the empty file `file`, a descriptor; for any thread.
+
+        Raises:
+            OSError: the disk is full, and the like.
+        """
+        begun = Begun(model, file, Sealer(self._key) if self._key is not None else None)
+        begun.put(_bytes(_checked("the model", model)))
+        return begun
+
+    def write(self, state: RunState, file: int, begun: Begun | None = None) -> str:
         """Write `state` into the empty file `file`, a descriptor; returns the SHA-256 (hex) of its document.
+
+        begun: what was written of it already, where the file is not empty any more.
 
         `state.digest` and that of the best evaluation are taken for what they say, and so not computed again.
 
@@ -112,6 +144,9 @@ class Writer:
             ConsortiumError: the strategy keeps something else than arrays of numbers.
             OSError: the disk is full, and the like.
         """
+        begun = begun or self.begin(state.model, file)
+        assert begun.model is state.model
+        assert begun.file == file
         parts: list[dict[str, Any]] = []
         pieces: list[Iterable[Piece]] = []
         place = 0
@@ -120,7 +155,8 @@ class Writer:
             sha = known or hashlib.sha256(view).hexdigest()
             about = {"place": kind, "name": name, "dtype": array.dtype.str, "shape": list(array.shape)}
             parts.append({**about, "start": place, "sha256": sha})
-            pieces.append([view])
+            if kind != "model":
+                pieces.append([view])
             place += len(view)
         rounds = _more(self._rounds, "rounds", state.rounds, _round_document)
         evaluations = _more(self._evaluations, "evaluations", state.evaluations, _evaluation_document)
@@ -144,9 +180,9 @@ class Writer:
         }
         content = json.dumps(document, separators=(",", ":")).encode()
         pieces.append([content, len(content).to_bytes(8, "big") + _MAGIC])
-        place, whole = 0, chain.from_iterable(pieces)
-        for piece in sealing(whole, self._key) if self._key is not None else whole:
-            place = put(file, memoryview(piece), place)
+        for piece in chain.from_iterable(pieces):
+            begun.put(piece)
+        begun.end()
         held = _File(file, self._key)
         self._rounds = _Lines(held, starts[0], rounds, _round)
         self._evaluations = _Lines(held, starts[1], evaluations, _evaluation)
@@ -235,14 +271,6 @@ def _bytes(array: NDArray[Any]) -> memoryview:
     if not array.size:
         return memoryview(b"")
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def put(file: int, view: memoryview, place: int) -> int:
-    """Write all of `view` into a file at `place`; returns where it ends."""
-    while view:
-        count = os.pwrite(file, view[:CHUNK], place)
-        view, place = view[count:], place + count
-    return place
 
 
 def _document(whole: memoryview, sha256: str) -> tuple[dict[str, Any], int]:

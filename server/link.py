@@ -24,6 +24,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ import numpy as np
 
 from consortium.protocol import local
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
+from consortium.protocol.files import write_early
 from consortium.protocol.layout import Vector
 from consortium.protocol.messages import (
     Answer,
@@ -44,6 +46,7 @@ from consortium.protocol.messages import (
 )
 from consortium.protocol.sealed import DataKey, is_sealed, sealing
 from consortium.server import checkpoint
+from consortium.server.checkpoint import Begun
 from consortium.server.clients import Block
 from consortium.server.records import Evaluation, Round, RunState
 from consortium.server.results import document
@@ -53,6 +56,8 @@ _ERRORS: Mapping[str, type[ConsortiumError]] = {
 }
 Part = tuple[dict[str, Any], memoryview]
 """As `messages.contents` gives it."""
+LARGE = 8 << 20
+"""Bytes of a model from which on a second thread pays."""
 _NOTHING = np.empty(0, np.float32)
 
 
@@ -102,12 +107,32 @@ class LinkCommits:
         self._shown = (0, 0)
         self._held: tuple[RunState, int] | None = None  # without its model and what else is large
         self._named: tuple[str, Any] = ("", None)  # a model's digest, and the hash that gave it
+        self._begun: Begun | None = None  # the file of the next commit, with its model in it
 
     def name(self, model: Vector) -> str:
-        """The digest of a model, remembered for the instruction that carries it: it is hashed once."""
-        sha = hashlib.sha256(np.ascontiguousarray(model, model.dtype.newbyteorder("<")).view(np.uint8).data)
+        """The digest of a model, remembered for the instruction that carries it: it is hashed once. A large one is
+        written meanwhile, as the beginning of the next commit's file."""
+        self._drop_begun()
+        content = np.ascontiguousarray(model, model.dtype.newbyteorder("<")).view(np.uint8).data
+        if len(content) < LARGE:
+            sha = hashlib.sha256(content)
+        else:
+            with ThreadPoolExecutor(1) as thread:
+                file = nameless(self._folder)
+                begun = thread.submit(self._writer.begin, model, file)
+                sha = hashlib.sha256(content)
+            try:
+                self._begun = begun.result()
+            except BaseException:
+                os.close(file)
+                raise
         self._named = (sha.hexdigest(), sha)
         return self._named[0]
+
+    def _drop_begun(self) -> None:
+        if self._begun is not None:
+            os.close(self._begun.file)
+            self._begun = None
 
     def load(self) -> RunState | None:
         reply, file = self._link.call_for_file("load")
@@ -122,9 +147,13 @@ class LinkCommits:
         return state
 
     def commit(self, state: RunState) -> RunState:
-        file = nameless(self._folder)
+        begun, self._begun = self._begun, None
+        if begun is not None and begun.model is not state.model:
+            os.close(begun.file)
+            begun = None
+        file = begun.file if begun is not None else nameless(self._folder)
         try:
-            sha256 = self._writer.write(state, file)
+            sha256 = self._writer.write(state, file, begun)
             rounds, evaluations = self._shown
             new: list[Round | Evaluation] = [*state.evaluations[evaluations:], *state.rounds[rounds:]]
             events = [document(one) for one in new]
@@ -201,9 +230,8 @@ class LinkClients:
             sha.update(view)
         if not parts:
             return sha.hexdigest(), None
-        file, place = nameless(self._spool), 0
-        for piece in sealing([view for _, view in parts], self._commits.key):
-            place = checkpoint.put(file, memoryview(piece), place)
+        file = nameless(self._spool)
+        write_early(file, sealing([view for _, view in parts], self._commits.key))
         return sha.hexdigest(), file
 
     def answers(self, deadline: float) -> Iterator[Answer | Block]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from consortium.protocol import local
-from consortium.protocol.layout import Vector
+from consortium.protocol.layout import Vector, digest_of
 from consortium.protocol.messages import Instruction, Payload, contents, encode, parse
 from consortium.protocol.sealed import Sealed, new_data_key
+from consortium.server import checkpoint, link
 from consortium.server.link import Link, LinkCommits
 from consortium.server.records import RunState
 
@@ -106,3 +107,37 @@ def test_content_that_the_committed_file_does_not_begin_with_is_not_sent_from_it
     commits.commit(kept)
     commits.name(np.zeros(1, np.float32))  # the hash of the committed model is not at hand any more
     assert commits.beginning(right, contents(right)) is None
+
+
+def test_a_model_that_was_written_while_it_was_named_is_committed_whole(
+    commits: LinkCommits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So is one that was not named last; a file that was begun in vain is given back."""
+    monkeypatch.setattr(link, "LARGE", 0)
+    named, before = state(commits), 0
+    other = replace(named, model=named.model * 2, digest=digest_of([named.model * 2]))
+    for number, kept in enumerate((named, named, other, named)):
+        if number == 3:
+            commits.name(other.model)
+            assert commits.name(kept.model) == kept.digest
+        sent: dict[str, str] = {}
+        monkeypatch.setattr(commits, "_link", Recording(sent))
+        commits.commit(kept)
+        assert commits._held is not None
+        found = checkpoint.read(commits._held[1], sent["sha256"], "r", KEY)
+        assert found.model.tobytes() == kept.model.tobytes()
+        assert found.digest == kept.digest
+        open_files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
+        before = before or open_files
+        assert open_files == before
+
+
+class Recording(Link):
+    """Keeps the last commit's fields in `sent`."""
+
+    def __init__(self, sent: dict[str, str]) -> None:
+        self._sent = sent
+
+    def call(self, name: str, files: Sequence[int] = (), **fields: Any) -> dict[str, Any]:
+        self._sent.update(fields)
+        return {}
