@@ -103,8 +103,8 @@ class ServerOptimizer:
 
     init: model -> state.
     step: (state, model, update) -> (next model, next state); arguments are not modified.
-    step_over: the same numbers, but the next model lies in the memory of `update`, for a caller to whom alone that
-        belongs; None where there is none.
+    step_over: the same numbers, but the next model lies in the memory of `update`, and the next state in that of
+        `state`, for a caller to whom alone these belong; None where there is none.
     """
 
     init: Callable[[Vector], OptimizerState]

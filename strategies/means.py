@@ -154,7 +154,7 @@ def _summing(
     norms: bool,
 ) -> Reducer:
     def init(size: int, dtype: np.dtype[Any]) -> _Running:
-        return _Running(np.zeros(size, dtype), 0.0, 0, -1, ())
+        return _Running(np.empty(size, dtype), 0.0, 0, -1, ())  # `total` holds nothing yet
 
     def add(state: _Running, item: Contribution | BlockSum) -> _Running:
         if isinstance(item, Contribution):
@@ -165,13 +165,14 @@ def _summing(
             return state._replace(block=block, pending=(*state.pending, item))
         assert item.block > state.block, "blocks come in order"
         state = flush(state)
-        np.add(state.total, item.total, state.total)
+        np.add(state.total if state.members else 0.0, item.total, state.total)
         return _Running(state.total, state.divisor + item.weight, state.members + item.count, item.block, ())
 
     def flush(state: _Running) -> _Running:
         blocks = [list(members) for _, members in groupby(state.pending, lambda c: c.slot // BLOCK)]
         of = state.total.dtype.type
-        _add_blocks(state.total, [[(plain(c.update), of(scale(c))) for c in members] for members in blocks])
+        parts = [[(plain(c.update), of(scale(c))) for c in members] for members in blocks]
+        _add_blocks(state.total, parts, first=not state.members)
         divisor = state.divisor
         for members in blocks:
             part = 0.0
@@ -191,8 +192,11 @@ def _summing(
     return Reducer(init, add, finish, sensitivity, scale=scale, weight=weight, norms=norms)
 
 
-def _add_blocks(total: Vector, blocks: Sequence[Sequence[tuple[Vector, Any]]]) -> None:
+def _add_blocks(total: Vector, blocks: Sequence[Sequence[tuple[Vector, Any]]], *, first: bool) -> None:
     """total += each block's sum of factor * update, that sum made first, in order; factors have the dtype of `total`.
+
+    first: `total` holds nothing yet, and is taken for zeros; to write them, and read them again, would cost two passes
+    over the memory.
 
     `total` holds sums that began with zeros, so none of its numbers is -0.0. That is why a block's sum may begin with
     its first product: it differs from one that begins with zeros only where it is -0.0.
@@ -204,11 +208,11 @@ def _add_blocks(total: Vector, blocks: Sequence[Sequence[tuple[Vector, Any]]]) -
         for piece in pieces(start, stop, step):
             long = piece.stop - piece.start
             part, block, product = total[piece], sums[:long], products[:long]
-            for (first, factor), *others in blocks:
-                np.multiply(first[piece], factor, block)
+            for number, ((begin, factor), *others) in enumerate(blocks):
+                np.multiply(begin[piece], factor, block)
                 for update, factor in others:
                     _add_product(block, update[piece], factor, product)
-                np.add(part, block, part)
+                np.add(0.0 if first and not number else part, block, part)
 
     if blocks:
         on_spans(work, total.size)

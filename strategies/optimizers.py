@@ -28,7 +28,9 @@ Moment = Callable[[Vector, Vector], Vector]
 """(v, D^2) -> next v, 1-D of one size and dtype; it may write into D^2."""
 
 
-_Into = Callable[[Vector, OptimizerState, Vector, Vector], tuple[Vector, OptimizerState]]
+_Into = Callable[[Vector, OptimizerState, OptimizerState, Vector, Vector], None]
+"""(next model, next state, both written over; state, model, update) -> None. The next state may be the state, the next
+model the update."""
 
 
 def sgd(lr: float = 1.0) -> ServerOptimizer:
@@ -44,8 +46,16 @@ def sgd(lr: float = 1.0) -> ServerOptimizer:
         return np.add(model, moved, moved), state
 
     def step_over(state: OptimizerState, model: Vector, update: Vector) -> tuple[Vector, OptimizerState]:
-        np.multiply(update, np.array(lr, model.dtype), update)
-        return np.add(model, update, update), state
+        factor = np.array(lr, model.dtype)
+
+        def work(start: int, stop: int) -> None:
+            for i in pieces(start, stop, CACHE_BYTES // model.itemsize):
+                if lr != 1.0:  # else the same bits
+                    np.multiply(update[i], factor, update[i])
+                np.add(model[i], update[i], update[i])
+
+        on_spans(work, model.size)
+        return update, state
 
     return ServerOptimizer(lambda model: {}, step, step_over)
 
@@ -60,12 +70,12 @@ def momentum(lr: float = 1.0, beta: float = 0.9) -> ServerOptimizer:
     require(0 <= beta < 1, "beta", beta, "a number at least 0 and below 1")
 
     def into(
-        moved: Vector, state: OptimizerState, model: Vector, update: Vector
-    ) -> tuple[Vector, OptimizerState]:
-        velocity = np.multiply(state["v"], np.array(beta, model.dtype))
+        moved: Vector, after: OptimizerState, state: OptimizerState, model: Vector, update: Vector
+    ) -> None:
+        velocity = np.multiply(state["v"], np.array(beta, model.dtype), after["v"])
         np.add(velocity, update, velocity)
         np.multiply(velocity, np.array(lr, model.dtype), moved)
-        return np.add(model, moved, moved), {"v": velocity}
+        np.add(model, moved, moved)
 
     return _both(lambda model: {"v": np.zeros_like(model)}, into)
 
@@ -125,9 +135,9 @@ def _adaptive(second: Moment, lr: float, beta1: float, tau: float) -> ServerOpti
         return {"m": np.zeros_like(model), "v": np.full_like(model, tau**2)}
 
     def into(
-        moved: Vector, state: OptimizerState, model: Vector, update: Vector
-    ) -> tuple[Vector, OptimizerState]:
-        m, v = np.empty_like(model), np.empty_like(model)
+        moved: Vector, after: OptimizerState, state: OptimizerState, model: Vector, update: Vector
+    ) -> None:
+        m, v = after["m"], after["v"]
 
         def work(start: int, stop: int) -> None:
             for i in pieces(start, stop, CACHE_BYTES // model.itemsize):
@@ -136,18 +146,22 @@ def _adaptive(second: Moment, lr: float, beta1: float, tau: float) -> ServerOpti
                 moved[i] = model[i] + lr * m[i] / (np.sqrt(v[i]) + tau)
 
         on_spans(work, model.size)
-        return moved, {"m": m, "v": v}
 
     return _both(init, into)
 
 
 def _both(init: Callable[[Vector], OptimizerState], into: _Into) -> ServerOptimizer:
-    """An optimizer of a function that writes the next model into its first argument, which may be the update."""
+    """An optimizer of a function that works in place."""
 
     def step(state: OptimizerState, model: Vector, update: Vector) -> tuple[Vector, OptimizerState]:
-        return into(np.empty_like(model), state, model, update)
+        moved, after = np.empty_like(model), {name: np.empty_like(one) for name, one in state.items()}
+        into(moved, after, state, model, update)
+        return moved, after
 
     def step_over(state: OptimizerState, model: Vector, update: Vector) -> tuple[Vector, OptimizerState]:
-        return into(update, state, model, update)
+        # what a checkpoint gave is read-only
+        after = {name: one if one.flags.writeable else np.empty_like(one) for name, one in state.items()}
+        into(update, after, state, model, update)
+        return update, after
 
     return ServerOptimizer(init, step, step_over)
