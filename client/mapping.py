@@ -25,21 +25,19 @@ serves several studies.
 
 from __future__ import annotations
 
-import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.engine import URL
 
+from consortium.protocol.database import checked_url, url_of
 from consortium.protocol.errors import InputError, nearest
 
 Cell = str | int | float | bool
 DEFAULT_MISSING: tuple[Cell, ...] = ("NA", "N/A", "NaN", "nan", "null", "NULL")
-_SECRETS = ("password", "passwd", "pwd", "passphrase", "secret", "token")
 
 
 class _Part(BaseModel):
@@ -172,7 +170,7 @@ def _mistakes(mapping: SiteMapping) -> list[str]:
         problems.append("source.password: goes with source.sql and source.url only")
     if source.url is not None and not source.url.startswith(("env:", "file:")):
         try:
-            _checked_url(source.url, "source.url")
+            checked_url(source.url, "source.url")
         except InputError as error:
             problems.append(str(error))
     for name, column in mapping.columns.items():
@@ -192,39 +190,4 @@ def database(source: SourceMap) -> URL:
         InputError: the environment variable or file is not there, or the URL is malformed or holds a password.
     """
     assert source.url is not None
-    url = _checked_url(_referred(source.url, "source.url"), "source.url")
-    if source.password is not None:
-        url = url.set(password=_referred(source.password, "source.password"))
-    return url
-
-
-def _referred(reference: str, key: str) -> str:
-    """The text that "env:NAME" or "file:PATH" refers to, or the text itself."""
-    form, _, name = reference.partition(":")
-    if form == "env":
-        if name not in os.environ:
-            raise InputError(f"{key}: the environment variable {name} is not set; set it and try again")
-        return os.environ[name].strip()
-    if form == "file":
-        try:
-            return Path(name).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{key}: the file {name} cannot be read; correct the path or its permissions"
-            ) from error
-    return reference
-
-
-def _checked_url(text: str, key: str) -> URL:
-    try:
-        url = make_url(text)
-    except (ArgumentError, ValueError) as error:
-        # The text itself is not repeated: it may hold a password.
-        right = "dialect://user@host/database would be right, or env:NAME or file:PATH that holds it"
-        raise InputError(f"{key}: is not a database URL; {right}") from error
-    if url.password is not None or any(word in option.lower() for option in url.query for word in _SECRETS):
-        right = (
-            'take it out, and use the database\'s own file (pgpass), or password = "env:NAME" or "file:PATH"'
-        )
-        raise InputError(f"{key}: holds a password; {right}")
-    return url
+    return url_of(source.url, source.password, ("source.url", "source.password"))

@@ -19,15 +19,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-import sqlalchemy
 from numpy.typing import NDArray
 from sqlalchemy.engine import CursorResult
-from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from consortium.client.columns import Column, called, convert
 from consortium.client.mapping import SiteMapping, SourceMap, count, database, parse
 from consortium.client.skipping import CELLS, Fault, Skipped, counted, skippable
 from consortium.client.task import Source
+from consortium.protocol.database import queried as rows_of
 from consortium.protocol.errors import InputError, nearest
 
 T = TypeVar("T")
@@ -258,27 +257,8 @@ def queried(site: str, source: SourceMap) -> Iterator[CursorResult[Any]]:
         url = database(source)
     except InputError as error:
         raise InputError(f"{site}, {error}") from error
-    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-        raise InputError(
-            f"{site}, source.url: there is no SQLite file {url.database or ''}; correct the path"
-        )
-    where = f"{site}, source.sql"
-    try:
-        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
-        with engine.connect() as connection:
-            yield connection.exec_driver_sql(source.sql or "")
-    except (ImportError, NoSuchModuleError) as error:
-        name = url.drivername
-        raise InputError(
-            f"{where}: there is no driver for '{name}' here; install its Python package"
-        ) from error
-    except SQLAlchemyError as error:
-        # A database's message may repeat a cell; it stays at the site, as a note and as the cause.
-        said = getattr(error, "orig", None) or error
-        right = "try the query in the database's own client"
-        refusal = InputError(f"{where}: the database refused ({type(said).__name__}); {right}")
-        refusal.add_note(f"The database said: {said}")
-        raise refusal from error
+    with rows_of(url, source.sql or "", (f"{site}, source.sql", f"{site}, source.url")) as result:
+        yield result
 
 
 def _absent(columns: Sequence[Column], mapping: SiteMapping, names: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from consortium.protocol.errors import InputError
 from consortium.server import gate_cli, int8_cli
 from consortium.server.serving import registry_cli, serve_cli
 
@@ -116,28 +117,51 @@ def show(path: Folder, as_json: Json = False) -> None:
 @model.command()
 def predict(
     path: Folder,
-    source: Annotated[
-        Path, typer.Option("--in", help="Raw rows: CSV, Parquet, or .npy and .npz for a model of one tensor.")
-    ],
     out: Annotated[Path, typer.Option("--out", help="The file to write: CSV, or Parquet by its name.")],
+    source: Annotated[
+        Path | None,
+        typer.Option("--in", help="Raw rows: CSV, Parquet, or .npy and .npz for a model of one tensor."),
+    ] = None,
+    sql: Annotated[
+        str | None, typer.Option("--sql", metavar="QUERY", help="A query in place of --in; needs --url.")
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="The database's URL without a password, or env:NAME or file:PATH that holds it."),
+    ] = None,
+    password: Annotated[
+        str | None, typer.Option(help="Where the database's password lies: env:NAME or file:PATH.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Write nothing if a row cannot be predicted.")
     ] = False,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """Predict for every row of a file, however long. Columns that the model does not take are handed through.
+    """Predict for every row of a file, or of a query's result, however long.
 
-    A row that the model cannot take gets no prediction, and its number is told.
+    Columns that the model does not take are handed through. A row that the model cannot take gets no prediction, and
+    its number is told.
 
     Example: consortium model predict out/model --in patients.csv --out predictions.csv
+
+    Example: consortium model predict out/model --sql "SELECT * FROM patients" --url env:CLINIC --out predictions.csv
     """
     from consortium.server.model import load_model
-    from consortium.server.predicting import predict_file
+    from consortium.server.predicting import Query, predict_file, predict_query
 
+    if (source is None) == (sql is None) or (sql is None) != (url is None):
+        raise InputError("give either --in FILE, or --sql QUERY and --url URL")
+    if password is not None and (url is None or not password.startswith(("env:", "file:"))):
+        raise InputError(
+            "--password: env:NAME or file:PATH would be right, beside --url; never the password itself"
+        )
     started = time.monotonic()
     loaded = load_model(_located(path), root=root)
-    report = predict_file(loaded, source, out, strict)
+    if source is not None:
+        report = predict_file(loaded, source, out, strict)
+    else:
+        report = predict_query(loaded, Query(str(sql), str(url), password), out, strict)
     seconds = time.monotonic() - started
     if as_json:
         said = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,11 +51,62 @@ def predict_file(model: Model, source: Path, out: Path, strict: bool) -> Report:
     """
     inputs = model.contract["inputs"]
     tensor = inputs[0]["kind"] == "tensor"
+    return predict_rows(
+        model, _tensors(inputs[0], source) if tensor else _tables(source), str(source), out, strict
+    )
+
+
+def predict_query(model: Model, query: Query, out: Path, strict: bool) -> Report:
+    """As `predict_file`, for every row of a query's result, in its order. Cells come out as the texts that they are.
+
+    Raises:
+        InputError: as `predict_file`; or the database cannot be reached, refuses, or the URL holds a password.
+    """
+    if model.contract["inputs"][0]["kind"] == "tensor":
+        raise InputError("--sql: this model takes one array; give an .npy or .npz file (--in)")
+    return predict_rows(model, _queried(query), "the query", out, strict)
+
+
+@dataclass(frozen=True)
+class Query:
+    """sql: the query. url: of the database, or env:NAME or file:PATH of it. password: env:NAME or file:PATH."""
+
+    sql: str
+    url: str
+    password: str | None = None
+
+
+def _queried(query: Query) -> Generator[pd.DataFrame, None, None]:
+    """The query's result in chunks of texts, as a CSV of it would hold them; one empty chunk where it has no rows."""
+    from consortium.protocol import database
+
+    url = database.url_of(query.url, query.password, ("--url", "--password"))
+    with database.queried(url, query.sql, ("--sql", "--url"), part=CHUNK) as result:
+        names, some = [str(name) for name in result.keys()], False  # noqa: SIM118 - it is no mapping
+        while rows := result.fetchmany(CHUNK):
+            some = True
+            yield pd.DataFrame([[_text(cell) for cell in row] for row in rows], columns=names, dtype=object)
+        if not some:
+            yield pd.DataFrame(columns=names, dtype=object)
+
+
+def _text(cell: Any) -> str:
+    if cell is None:
+        return ""
+    return ("true" if cell else "false") if isinstance(cell, bool) else str(cell)
+
+
+def predict_rows(
+    model: Model, chunks: Generator[Any, None, None], source: str, out: Path, strict: bool
+) -> Report:
+    """As `predict_file`, for rows that come in chunks. source: what they are called."""
+    inputs = model.contract["inputs"]
+    tensor = inputs[0]["kind"] == "tensor"
     taken = {one["name"] for one in inputs}
     rows, bad_rows, problems, outside = 0, 0, [], dict[str, int]()
     try:
-        with _written(out) as write, _progress(source.name) as advance:
-            for chunk in _tensors(inputs[0], source) if tensor else _tables(source):
+        with closing(chunks), _written(out) as write, _progress(source) as advance:
+            for chunk in chunks:
                 if tensor:
                     write(model.predict(chunk, first_row=rows + 1))
                     rows += len(chunk)
@@ -154,7 +205,7 @@ def _progress(what: str) -> Iterator[Any]:
         yield lambda rows: bar.advance(task, rows)
 
 
-def _tables(source: Path) -> Iterator[pd.DataFrame]:
+def _tables(source: Path) -> Generator[pd.DataFrame, None, None]:
     """A table in chunks; one empty chunk where it has no rows."""
     try:
         if source.suffix == ".parquet":
@@ -174,7 +225,7 @@ def _tables(source: Path) -> Iterator[pd.DataFrame]:
         ) from error
 
 
-def _tensors(one: Mapping[str, Any], source: Path) -> Iterator[Any]:
+def _tensors(one: Mapping[str, Any], source: Path) -> Generator[Any, None, None]:
     """The rows of an array file in chunks; an .npy file is mapped, an .npz file is read whole."""
     if source.suffix not in (".npy", ".npz"):
         raise InputError(f"{source}: this model takes one array; give an .npy or .npz file")

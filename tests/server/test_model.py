@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -308,9 +309,81 @@ def test_rows_that_cannot_be_predicted_are_told_and_left_empty(
     assert "no prediction: column 'cat': 1 row (2)" in capsys.readouterr().err
 
 
+def database(folder: Path, frame: pd.DataFrame) -> str:
+    """The URL of a database with the frame as table `patients`."""
+    with sqlite3.connect(folder / "clinic.db") as made:
+        frame.to_sql("patients", made, index=False, if_exists="append")
+    return f"sqlite:///{folder / 'clinic.db'}"
+
+
+def test_a_query_gives_the_predictions_that_its_rows_in_a_file_give(
+    exported: Path,
+    rows: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Numbers, texts and NULL alike, over several parts; bad rows by number; no rows, no predictions."""
+    from consortium.server import predicting
+
+    monkeypatch.setattr(predicting, "CHUNK", 3)
+    frame = rows(8).drop(columns="ill").astype({"cat": object})
+    frame.loc[4, "cat"] = "x"
+    monkeypatch.setenv("CLINIC", database(tmp_path, frame))
+    frame.to_csv(tmp_path / "in.csv", index=False)
+    query = ["--sql", "SELECT * FROM patients", "--url", "env:CLINIC"]
+    for out in ("sql.csv", "sql.parquet"):
+        capsys.readouterr()
+        assert consortium("model", "predict", exported, *query, "--out", tmp_path / out, "--json") == 0
+        said = json.loads(capsys.readouterr().out)
+        assert (said["rows"], said["problems"]) == (8, ["column 'cat': 1 row (5): not a finite number"])
+    file = tmp_path / "file.csv"
+    assert consortium("model", "predict", exported, "--in", tmp_path / "in.csv", "--out", file) == 0
+    expected = pd.read_csv(file)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "sql.csv"), expected)
+    found = pd.read_parquet(tmp_path / "sql.parquet")
+    pd.testing.assert_series_equal(
+        found["probability_1"], expected["probability_1"], rtol=1e-6, check_dtype=False
+    )
+    query[1] += " WHERE 0"
+    assert consortium("model", "predict", exported, *query, "--out", tmp_path / "none.csv") == 0
+    assert (tmp_path / "none.csv").read_text() == "id,probability_0,probability_1\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--sql", "SELECT 1"], "--sql QUERY and --url URL"),
+        (["--in", "x.csv", "--sql", "SELECT 1", "--url", "env:CLINIC"], "either --in FILE"),
+        (["--sql", "SELECT 1", "--url", "postgresql://me:hunter2@host/db"], "--url: holds a password"),
+        (["--sql", "SELECT 1", "--url", "env:CLINIC", "--password", "hunter2"], "env:NAME or file:PATH"),
+        (["--sql", "SELECT 1", "--url", "env:NO_SUCH"], "variable NO_SUCH is not set"),
+        (["--sql", "SELEKT", "--url", "env:CLINIC"], "--sql: the database refused"),
+        (["--sql", "SELECT id FROM patients", "--url", "env:CLINIC"], "column 'linear': there is no such"),
+    ],
+)
+def test_bad_queries_are_wrong_input_and_repeat_no_password(
+    exported: Path,
+    rows: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    reason: str,
+) -> None:
+    """Exit 2 with what is wrong, and no file."""
+    monkeypatch.setenv("CLINIC", database(tmp_path, rows(3)))
+    assert consortium("model", "predict", exported, *words, "--out", tmp_path / "out.csv") == 2
+    said = capsys.readouterr().err
+    assert reason in said
+    assert "hunter2" not in said
+    assert not (tmp_path / "out.csv").exists()
+
+
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_file(exported: Path, rows: Any, tmp_path: Path) -> None:
-    """Ten times the rows take no more memory at the peak, a tenth aside."""
+@pytest.mark.parametrize("kind", ["csv", "sql"])
+def test_memory_does_not_grow_with_the_rows(kind: str, exported: Path, rows: Any, tmp_path: Path) -> None:
+    """Many more rows take no more memory at the peak, a tenth aside."""
     frame = rows(50_000).drop(columns="ill")
     program = """
 import resource, sys
@@ -322,15 +395,15 @@ except SystemExit as end:
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     peaks = []
-    for times in (4, 40):
+    for times in (4, 40) if kind == "csv" else (2, 8):
+        given: list[str | Path] = ["--in", tmp_path / "in.csv"]
         with (tmp_path / "in.csv").open("w") as file:
             for place in range(times):
                 frame.to_csv(file, index=False, header=place == 0)
+                if kind == "sql":
+                    given = ["--sql", "SELECT * FROM patients", "--url", database(tmp_path, frame)]
         done = subprocess.run(
-            [
-                sys.executable, "-c", program, "model", "predict", exported, "--in", tmp_path / "in.csv",
-                "--out", tmp_path / "out.csv",
-            ],
+            [sys.executable, "-c", program, "model", "predict", exported, *given, "--out", tmp_path / "out.csv"],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         peaks.append(int(done.stdout.splitlines()[-1]))
