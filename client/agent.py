@@ -57,7 +57,7 @@ class Agent:
     """One site's agent over its folder. `start` returns at once; `stop` leaves no thread and no process behind.
 
     work: does what is asked. renew: replaces the certificate in the folder, over a connection that it is given.
-    studies: looks at what the server proposes, over a connection.
+    studies: looks at what the server proposes, models: at the models that are used here, each over a connection.
 
     Raises:
         InputError, IntegrityError: the folder is not in order.
@@ -71,6 +71,7 @@ class Agent:
         *,
         renew: Renew | None = None,
         studies: Callable[[Connection], None] | None = None,
+        models: Callable[[Connection], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._home, self._work, self._clock = home, work, clock
@@ -95,6 +96,7 @@ class Agent:
             ended=self._ended_runs,
             renew=renew,
             studies=studies,
+            models=models,
             renewed=self._outbox.reconnect,
             clock=clock,
         )

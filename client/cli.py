@@ -12,6 +12,7 @@ import typer
 
 from consortium.client.data_cli import data
 from consortium.client.ledger_cli import ledger
+from consortium.client.model_cli import model
 from consortium.client.options import Folder, Json, home_in
 from consortium.client.review_cli import approve, reject, review
 
@@ -26,6 +27,7 @@ client = typer.Typer(
 )
 client.add_typer(data, name="data")
 client.add_typer(ledger, name="ledger")
+client.add_typer(model, name="model")
 for command in (review, approve, reject):
     client.command()(command)
 

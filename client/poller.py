@@ -22,6 +22,8 @@ from consortium.protocol.keys import Lock
 
 SILENCE = wire.POLL_SECONDS + 20
 """Seconds without a byte after which a connection is given up."""
+MODELS_EVERY = 3600.0
+"""Seconds after which the server is asked about models although nothing has changed, so that its word stays good."""
 RENEWING = 60.0
 """Seconds between two tries to renew the certificate."""
 
@@ -53,7 +55,7 @@ class Poller:
 
     paused, kept: what the server is told. put: gets each instruction. ended: gets what is said of runs that ended.
     renew: replaces the certificate, over a connection; renewed: is called afterwards. studies: looks at what the server
-    proposes, over a connection.
+    proposes, models: at those that are used here, each over a connection.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Poller:
         ended: Callable[[dict[str, str]], None],
         renew: Renew | None,
         studies: Callable[[Connection], None] | None,
+        models: Callable[[Connection], None] | None,
         renewed: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
@@ -77,6 +80,7 @@ class Poller:
         self._paused, self._kept, self._put, self._ends = paused, kept, put, ended
         self._renew, self._renewed = renew, renewed
         self._studies, self._number = studies, -1
+        self._models, self._model_number, self._models_at = models, "", -MODELS_EVERY
         self.inbox = Inbox(home, seen, connect, hand.has, clock)
         self.link = Link(f"{home.config.host}:{home.config.port}", clock)
         self._connection: Connection | None = None
@@ -157,6 +161,7 @@ class Poller:
         if self._studies is not None and numbers and numbers[-1] != self._number:
             self._studies(self._connection)
             self._number = numbers[-1]
+        self._follow_models([word for word in notice if word.startswith("models=")])
         due = "renew" in notice or self._home.renewal_due(self._clock())
         if self._renew is not None and due and time.monotonic() - self._tried > RENEWING:
             self._tried = time.monotonic()
@@ -166,6 +171,14 @@ class Poller:
             self._renewed()
             self._connection.close()
             self._connection = None
+
+    def _follow_models(self, words: list[str]) -> None:
+        """Ask about the models that are used here where something has changed, or it is long since."""
+        assert self._connection is not None
+        late = time.monotonic() - self._models_at > MODELS_EVERY
+        if self._models is not None and words and (words[-1] != self._model_number or late):
+            self._models(self._connection)
+            self._model_number, self._models_at = words[-1], time.monotonic()
 
     def _note_dropped(self, error: Dropped) -> float:
         """Log the first, second, fourth ... of frames that are dropped in a row; how long to wait before the next."""

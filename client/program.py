@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
 from typing import Any
 
-from consortium.client import policy
+from consortium.client import models, policy
 from consortium.client.agent import Agent
 from consortium.client.approvals import Approvals
 from consortium.client.charges import Charges
@@ -60,6 +60,7 @@ def run(home: Home) -> None:
             SiteWork(home, home.data_key(lock), approvals, key.public_key(), charges.charge),
             renew=renew,
             studies=lambda connection: follow(connection, home, key, approvals, time.time()),
+            models=lambda connection: models.check(home, connection),
         )
         control = Control(home.socket, _calls(agent, home))
         _log.info(

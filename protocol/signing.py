@@ -16,7 +16,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from consortium.protocol.errors import IntegrityError
 
 INSTRUCTION, ANSWER, TRUST, JOIN = "instruction", "answer", "trust", "join"
-CHAIN, HEAD, MODEL, ENDINGS, EPOCH, GATE = "chain", "head", "model", "endings", "epoch", "gate"
+CHAIN, HEAD, MODEL, ENDINGS, EPOCH, GATE, DELIVERY = (
+    "chain", "head", "model", "endings", "epoch", "gate", "delivery",
+)  # fmt: skip
 """The purposes."""
 SIGNATURE_BYTES = 64
 """The length of an Ed25519 signature."""

@@ -18,6 +18,8 @@ whole. It is verified before the header is parsed; the content is hashed while i
     POST /v1/renew            {"csr"}; a new certificate
     POST /v1/ledger           {"head"} of the site's privacy ledger; the highest that the server has seen, countersigned
     POST /v1/leave            {}; the site leaves the federation
+    POST /v1/models/NAME      {"version", "nonce"}; what a model is and whether it may be used (protocol/delivery.py)
+    GET  /v1/models/NAME/VERSION/FILE?from=BYTE    a file of it, from that byte on
 
 The enrolment door has GET /v1/root and POST /v1/join. An error is {"error": text} with a 4xx or 5xx.
 """
@@ -34,7 +36,7 @@ from consortium.protocol.messages import MAX_HEADER
 from consortium.protocol.signing import SIGNATURE_BYTES
 
 FORMAT = 1
-LEDGER = "/v1/ledger"
+LEDGER, MODELS = "/v1/ledger", "/v1/models/"
 POLL, ANSWERS, STUDIES, TRUST, EPOCH, RENEW, LEAVE, PROPOSALS, APPROVALS = (
     "/v1/poll", "/v1/answers/", "/v1/studies/", "/v1/trust", "/v1/epoch/", "/v1/renew", "/v1/leave", "/v1/proposals",
     "/v1/approvals",
@@ -48,7 +50,8 @@ CHUNK = 1 << 20
 MAX_DOCUMENT = 64 * 1024
 """Bytes of a JSON body, other than frames."""
 NOTICE = "consortium-notice"
-"""A header of the server's answers to polls: "renew", "trust=SERIAL", "studies=NUMBER" and `RUNS`, by spaces."""
+"""A header of the server's answers to polls: "renew", "trust=SERIAL", "studies=NUMBER", "models=NUMBER" and `RUNS`, by
+spaces."""
 RUNS = "runs"
 """The word of the notice where the body is a statement of endings."""
 LATE = "late: "

@@ -43,8 +43,6 @@ from consortium.server.offers import Received
 from consortium.server.serving import gate_file
 from consortium.server.serving.registry import Registry
 
-MODELS = "models"
-"""The federation's registry, in its folder."""
 RUN = "gate/"
 """How the names of runs that judge begin; no study's do."""
 LARGEST = 4 << 20
@@ -89,7 +87,7 @@ class Gates:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._federation, self._archive, self._exchange, self._clock = federation, archive, exchange, clock
-        self._registry = Registry(federation.folder / MODELS, clock)
+        self._registry = Registry(federation.folder / gate_file.MODELS, clock)
         self._lock = threading.Lock()
         self._stands: dict[str, Stand] = {}
 

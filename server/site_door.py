@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from consortium.privacy.ledger import ledger_name
-from consortium.protocol import endings, epoch, wire
+from consortium.protocol import delivery, endings, epoch, wire
 from consortium.protocol.chain import Head
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.messages import Header, parse
@@ -26,6 +26,7 @@ from consortium.protocol.wire import CHUNK
 from consortium.server import ledger_heads
 from consortium.server.approvals import Approvals
 from consortium.server.archive import Archive
+from consortium.server.delivery import Deliveries
 from consortium.server.endings import news as endings_of
 from consortium.server.exchange import Exchange
 from consortium.server.federation import Federation
@@ -56,6 +57,7 @@ class SiteDoor:
         self._federation, self._roster, self._archive = federation, roster, archive
         self._approvals = approvals
         self._exchange = exchange
+        self._deliveries = Deliveries(federation.folder)
 
     def handle(self, request: Request) -> Response:
         """One request of the site `request.peer`."""
@@ -63,13 +65,14 @@ class SiteDoor:
         assert site is not None  # the listener lets nobody else in
         if not self._roster.is_member(site):  # not any more: this connection is older than that
             return error_response(403, f"site '{site}' does not belong to the federation")
+        methods = []
         for method, path, answer in self._routes():
             if request.path == path or (path.endswith("/") and request.path.startswith(path)):
-                return (
-                    answer(request, site)
-                    if request.method == method
-                    else error_response(405, f"use {method}")
-                )
+                if request.method == method:
+                    return answer(request, site)
+                methods.append(method)
+        if methods:
+            return error_response(405, f"use {' or '.join(methods)}")
         return error_response(404, "there is no such route on the site door")
 
     def _routes(self) -> list[tuple[str, str, Callable[[Request, str], Response]]]:
@@ -84,6 +87,8 @@ class SiteDoor:
             ("POST", wire.RENEW, self._renew),
             ("POST", wire.LEDGER, self._ledger),
             ("POST", wire.LEAVE, self._leave),
+            ("POST", wire.MODELS, self._model),
+            ("GET", wire.MODELS, self._model_file),
         ]
 
     def _poll(self, request: Request, site: str) -> Response:
@@ -126,6 +131,7 @@ class SiteDoor:
 
     def _notice(self, site: str) -> str:
         words = [f"trust={self._federation.trust_serial}", f"studies={self._archive.number()}"]
+        words.append(f"models={self._deliveries.number()}")
         if self._roster.renewal_due(site):
             words.append("renew")
         return " ".join(words)
@@ -263,6 +269,28 @@ class SiteDoor:
         name = ledger_name(federation.config.name, site, identity)
         witness = ledger_heads.countersigned(self._archive.store, federation.instruction_key, name, head)
         return json_response({"head": witness.head.text, "signature": witness.signature})
+
+    def _model(self, request: Request, site: str) -> Response:
+        """What a version of a model is, or that it was withdrawn; signed for this site's question."""
+        document = _document(request)
+        number, nonce = wire.field(document, "version", int), wire.field(document, "nonce", str)
+        if len(nonce) != 64 or number < 0:
+            raise InputError("a version from 0 and a nonce of 64 characters were expected")
+        said = self._deliveries.said(request.path.removeprefix(wire.MODELS), number)
+        key, name = self._federation.instruction_key, self._federation.config.name
+        return json_response(delivery.state(key, name, site, nonce, said))
+
+    def _model_file(self, request: Request, site: str) -> Response:
+        """A file of a version, from a byte on."""
+        name, _, rest = request.path.removeprefix(wire.MODELS).partition("/")
+        number, _, file = rest.partition("/")
+        start = request.query.get("from", "0")
+        if not all(one.isascii() and one.isdecimal() and len(one) < 16 for one in (number, start)):
+            raise InputError("MODEL/VERSION/FILE?from=BYTE would be right")
+        pieces, length = self._deliveries.file(name, int(number), file, int(start))
+        if not int(start):
+            _log.info("site %s: gets %s of %s@%s", site, file, name, number)
+        return Response(200, b"", "application/octet-stream", {}, pieces, length)
 
     def _leave(self, request: Request, site: str) -> Response:
         self._roster.leave(site)

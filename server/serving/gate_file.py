@@ -19,6 +19,8 @@ from consortium.protocol.files import write_private
 from consortium.server import seal
 
 FORMAT = 1
+MODELS = "models"
+"""A federation's registry, in its folder."""
 Sign = Callable[[bytes, str], Mapping[str, Any]]
 """From a content and its purpose to the document of its signature (`Federation.seal`)."""
 
@@ -30,7 +32,7 @@ def place(registry: Path, name: str, number: int) -> Path:
 
 def of_federation(registry: Path) -> bool:
     """Whether a registry is a federation's own, DIR/models: a version must pass its gate there to be the champion."""
-    return registry.absolute().name == "models" and (registry.absolute().parent / "server.toml").exists()
+    return registry.absolute().name == MODELS and (registry.absolute().parent / "server.toml").exists()
 
 
 def write(path: Path, gate: Mapping[str, Any], sign: Sign) -> None:

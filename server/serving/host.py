@@ -190,7 +190,10 @@ class Watcher:
         if self._registry is not None:
             self._seen = _stamp(self._path / registry.STATE)
             return self._offered()
-        one = engine.load(self._path, "", "1", self._settings.roots, self._settings.unsigned)
+        version = (
+            self._path.name if self._path.name.isdecimal() else "1"
+        )  # in a folder of versions: its number
+        one = engine.load(self._path, "", version, self._settings.roots, self._settings.unsigned)
         name = str(one.contract["study"]["name"])
         one = replace(one, name=name)
         return {name: Offered(one, {one.version: one})}

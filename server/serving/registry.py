@@ -165,6 +165,10 @@ class Registry:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IntegrityError(f"{path}: is damaged; restore it from a backup") from error
 
+    def stamp(self) -> int:
+        """Another number after every act. Raises OSError where there is no registry."""
+        return (self.folder / STATE).stat().st_mtime_ns
+
     def register(self, bundle: Path, name: str, check: Callable[[Path], str]) -> Version:
         """Copy a bundle in as the next version of `name`, the candidate.
 

@@ -1,0 +1,90 @@
+"""Models for the sites: the versions of the federation's registry, as the site door hands them out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from consortium.protocol.delivery import GOOD_FOR, Delivery, File
+from consortium.protocol.errors import InputError
+from consortium.protocol.wire import CHUNK
+from consortium.server import seal
+from consortium.server.serving import gate_file
+from consortium.server.serving.registry import Registry, Shelf
+
+
+class Deliveries:
+    """Over a federation's folder; for any number of threads. clock: seconds since the epoch."""
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self._registry, self._clock = Registry(folder / gate_file.MODELS, clock), clock
+
+    def number(self) -> int:
+        """Another after every act on the registry; 0 where there is none."""
+        try:
+            return self._registry.stamp()
+        except OSError:
+            return 0
+
+    def said(self, name: str, number: int) -> Delivery:
+        """What is to be said of a version, of the champion for 0.
+
+        Raises:
+            InputError: there is none such.
+        """
+        shelf = self._shelf(name)
+        number = number or shelf.champion or 0
+        version = shelf.version(number)
+        if version is None:
+            raise InputError(f"model '{name}' has no such version, or no champion now")
+        now = self._clock()
+        if version.withdrawn:
+            return Delivery(name, number, version.bundle, now, now, withdrawn=version.why)
+        place = self._registry.bundle(name, shelf, number)
+        files = {path.name: _file(path) for path in sorted(place.iterdir())}
+        return Delivery(name, number, version.bundle, now, now + GOOD_FOR, files)
+
+    def file(self, name: str, number: int, file: str, start: int) -> tuple[Iterator[bytes], int]:
+        """The bytes of a version's file from `start` on, in pieces, and how many they are.
+
+        Raises:
+            InputError: there is none such; IntegrityError: the version was withdrawn.
+        """
+        shelf = self._shelf(name)
+        if shelf.version(number) is None:
+            raise InputError(f"model '{name}' has no version {number}")
+        place = self._registry.bundle(name, shelf, number)
+        known = {*seal.read(place).files, seal.MANIFEST, seal.SIGNATURE}
+        path = place / file
+        if file not in known or not path.is_file():
+            raise InputError(f"{name}@{number} has no file of that name")
+        size = path.stat().st_size
+        if start > size:
+            raise InputError(f"{name}@{number}: {file} has {size} bytes")
+        return _pieces(path, start), size - start
+
+    def _shelf(self, name: str) -> Shelf:
+        try:
+            models = self._registry.state().models
+        except InputError:
+            models = {}
+        if name not in models:
+            raise InputError(f"there is no model '{name[:80]}' in the federation's registry")
+        return models[name]
+
+
+def _file(path: Path) -> File:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            sha.update(piece)
+    return File(path.stat().st_size, sha.hexdigest())
+
+
+def _pieces(path: Path, start: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while piece := file.read(CHUNK):
+            yield piece
