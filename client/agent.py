@@ -25,7 +25,6 @@ from consortium.client.inbox import Taken
 from consortium.client.link import Link
 from consortium.client.outbox import Letter, Outbox, Outcome
 from consortium.client.poller import Connector, Poller, Renew
-from consortium.client.sandbox import describe
 from consortium.client.seen import Place, Seen
 from consortium.client.work import Answered, Given, Interrupted, Work
 from consortium.protocol import endings
@@ -34,6 +33,7 @@ from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedE
 from consortium.protocol.files import sync_folder, write_private
 from consortium.protocol.keys import Lock
 from consortium.protocol.messages import Answer, encode, parse
+from consortium.protocol.sandbox import describe
 from consortium.protocol.signing import ANSWER, sign
 
 LONGEST_REASON = 2000

@@ -44,7 +44,7 @@ def review(
     """
     from consortium.client import review as shown
     from consortium.client.approvals import decided
-    from consortium.client.sandbox import describe
+    from consortium.protocol.sandbox import describe
 
     desk = _Desk(folder)
     if not name:

@@ -5,7 +5,7 @@ It speaks over the socket that it was started with (`protocol/local.py`). First 
     {"study": text, "code": folder or "", "site": name, "source": {"path", "mapping", "key": hex}, "state": folder,
      "key": hex, "epoch": int, "judges": whether models are judged that the server sends}
 
-A study that brings code is worked on only by a process that was confined (`client/confined.py`), or whose operator
+A study that brings code is worked on only by a process that was confined (`protocol/confined.py`), or whose operator
 approved it without.
 
 When it has loaded these data, it says {"up": true}. Then, for each instruction, {"run", "header": text, "model":

@@ -16,12 +16,13 @@ from typing import BinaryIO, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from consortium.client import policy, sandbox
+from consortium.client import policy
 from consortium.client.approvals import Approvals
 from consortium.client.datasets import Dataset, Datasets
 from consortium.client.home import Home
 from consortium.client.snapshot import Snapshots, erase, place_of
 from consortium.client.worker_process import WorkerDied, WorkerLate, WorkerProcess
+from consortium.protocol import sandbox
 from consortium.protocol.bundle import Bundle
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.files import private_folder

@@ -10,7 +10,7 @@ perhaps `local.bin`, and `statistics.npz` (the sums of all sites). Out, of `init
 `task.json`. Out, of `export`: `model.onnx`, `model.safetensors`, `signature.json`, and a `probe-N.npz` of N rows for
 each batch size by which the graph is to be compared with the model.
 
-Code that a study brings runs in this program behind `client/confined.py` alone.
+Code that a study brings runs in this program behind `protocol/confined.py` alone.
 
 The process ends with the exit code of its error, which stands in `error.json`: `kind` and `message`.
 """
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from consortium.protocol.code import is_own
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.layout import Kind, Layout, Vector, digest_of
 from consortium.protocol.lifeline import end_with
@@ -58,8 +59,13 @@ def main(arguments: Sequence[str] | None = None, confine: Callable[[], None] = _
         import torch  # noqa: F401 - before it is confined
 
         confine()
+        variates = given.control_variates
+        if is_own(study.strategy.name):  # only here is it known what it does at the sites
+            from consortium.strategies.chosen import strategy_of
+
+            variates = strategy_of(study).local.control_variates
         command = _initial if given.command == "initial" else _export
-        command(study, given.folder, given.control_variates)
+        command(study, given.folder, variates)
     except ConsortiumError as error:
         return _failed(given.folder, type(error).__name__, str(error), error.exit_code)
     except Exception as error:  # noqa: BLE001 - the study's own code may raise anything; it is reported

@@ -1,7 +1,7 @@
 """The agent's side of a run's worker: a process that is started, asked, and ended with all that it started.
 
-A worker that runs a study's own code is confined (`client/confined.py`), and nothing that it says is trusted: messages,
-files and lines are bounded, and it is ended where it takes more threads, disk or time than it may.
+A worker that runs a study's own code is confined (`protocol/confined.py`), and nothing that it says is trusted:
+messages, files and lines are bounded, and it is ended where it takes more threads, disk or time than it may.
 
 It gets an environment without anything of ours, a session of its own, a folder to work in, and one open socket. What it
 writes to stderr goes to the agent's log, line by line.
@@ -10,7 +10,6 @@ writes to stderr goes to the agent's log, line by line.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import select
@@ -25,25 +24,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from consortium.client.sandbox import MAX_DISK, MAX_THREADS
 from consortium.protocol import local
 from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
 from consortium.protocol.files import private_folder
 from consortium.protocol.messages import parse
+from consortium.protocol.sandbox import MAX_DISK
+from consortium.protocol.watching import FORBIDDEN, LONGEST_LINE, LOOK_EVERY, beyond, plain, pump
 
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")
-LONGEST_LINE = 4000
-MOST_LINES = 1000
-"""Lines of a confined worker that are logged."""
 MOST_SAID = 8 << 20
 """Bytes of an answer's document, without its content."""
 SPARE = 4 << 20
 """Bytes that an answer's content may have beside twice those of the instruction's."""
-LOOK_EVERY = 0.2
-"""Seconds between two looks at what a confined worker takes."""
-
-
-FORBIDDEN = "the study's code asked the kernel for what the sandbox forbids, and was ended"
 
 
 class WorkerDied(ConsortiumError):  # noqa: N818 - it is what happened, not a mistake
@@ -75,7 +67,7 @@ class WorkerProcess:
         self.up = False  # whether it has started
         module = ["consortium.client.worker"]
         if places is not None:
-            module = ["consortium.client.confined", json.dumps(places)]
+            module = ["consortium.protocol.confined", json.dumps(places), *module]
         program = (sys.executable, "-s", "-P", "-B", "-m", *module, "serve")
         with its:
             self._process = subprocess.Popen(
@@ -136,7 +128,7 @@ class WorkerProcess:
             return reply["header"].encode(errors="replace"), file
         if file is not None:
             file.close()
-        raise RefusedError(_plain(str(reply.get("error", "the worker gave no answer"))[:LONGEST_LINE]))
+        raise RefusedError(plain(str(reply.get("error", "the worker gave no answer"))[:LONGEST_LINE]))
 
     def _wait_until_up(self, seconds: float) -> None:
         if self.up:
@@ -187,14 +179,7 @@ class WorkerProcess:
     def _pump(self, log: Callable[[str], None]) -> None:
         """Hand on what it writes."""
         assert self._process.stderr is not None
-        count = 0
-        with io.TextIOWrapper(self._process.stderr, "utf-8", "replace") as lines:
-            while line := lines.readline(LONGEST_LINE):
-                count += 1
-                if line.strip() and (self._places is None or count <= MOST_LINES):
-                    log(_plain(line.rstrip()))
-                if self._places is not None and count == MOST_LINES:
-                    log(f"it has written {MOST_LINES} lines; no more of them are shown")
+        pump(self._process.stderr, log, self._places is not None)
 
     def _watch(self) -> None:
         """End it where it takes more than a confined worker may; for a thread of its own."""
@@ -203,10 +188,7 @@ class WorkerProcess:
             time.sleep(LOOK_EVERY)
             why = ""
             try:
-                if len(os.listdir(f"/proc/{self.pid}/task")) > MAX_THREADS:  # noqa: PTH208 - names alone
-                    why = f"started more than {MAX_THREADS} threads, and was ended"
-                elif _taken(self.pid, self._places["write"]) > MAX_DISK:
-                    why = f"wrote more than {MAX_DISK >> 30} GiB, and was ended"
+                why = beyond(self.pid, self._places["write"], MAX_DISK)
             except OSError:
                 continue  # it is ending
             if why:
@@ -220,10 +202,6 @@ class WorkerProcess:
             if self._process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def _plain(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _check_answer(header: str, file: BinaryIO | None, content: BinaryIO | None) -> None:
@@ -240,22 +218,6 @@ def _check_answer(header: str, file: BinaryIO | None, content: BinaryIO | None) 
             file.close()
         what = "gave what is no answer" if length < 0 else "gave more than an answer can have"
         raise RefusedError(f"the study's code {what}")
-
-
-def _taken(pid: int, folders: list[str]) -> int:
-    """Bytes on disk of what lies in its folders, and of what it has open and no name."""
-    count = 0
-    for folder in folders:
-        for place, _, names in os.walk(folder):
-            count += sum(_blocks(os.path.join(place, name)) for name in names)  # noqa: PTH118 - it is many
-    return count + sum(_blocks(f"/proc/{pid}/fd/{number}") for number in os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
-
-
-def _blocks(path: str) -> int:
-    with contextlib.suppress(OSError):
-        about = os.stat(path)  # noqa: PTH116 - it is many
-        return about.st_blocks * 512 if stat.S_ISREG(about.st_mode) else 0
-    return 0
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -123,8 +123,8 @@ class Study(BaseModel):
 
     @property
     def built_in(self) -> bool:
-        """Whether the task is one of Consortium's own, so that no code comes with the study."""
-        return self.task in TASKS
+        """Whether task and strategy are Consortium's own, so that no code comes with the study."""
+        return self.task in TASKS and not own_code.is_own(self.strategy.name)
 
     @property
     def code(self) -> Mapping[str, str]:
@@ -134,7 +134,7 @@ class Study(BaseModel):
     @property
     def metric(self) -> str:
         """The metric that the run is judged by; a built-in task has a default, an own task may have none ("")."""
-        if self.evaluation.metric or not self.built_in:
+        if self.evaluation.metric or self.task not in TASKS:
             return self.evaluation.metric
         return allowed_metrics(self.task, self.data)[0]
 

@@ -127,10 +127,6 @@ class AdminDoor:
         document = _document(request, MAX_SUBMITTED)
         found = bundle.read(_decoded(document)) if "bundle" in document else _without_code(document)
         study = found.study
-        if is_own(study.strategy.name):
-            raise InputError(
-                f"study '{study.name}': brings a strategy of its own; in this version those run in simulation only"
-            )
         found.check_needs()
         self._archive.submit(found)
         self._exchange.nudge()

@@ -92,7 +92,7 @@ def run(
         state = _judged(plan, state, ballot)
         state = commits.commit(state)
         _tell(report, before, state)
-    return _outcome(plan, state)
+    return outcome_of(plan, state)
 
 
 def _begin(plan: Plan, name: Name) -> RunState:
@@ -321,7 +321,8 @@ def _unfinished(state: RunState) -> str:
     return "; ".join([f"round {state.round + 1}: {last.void}", *named])
 
 
-def _outcome(plan: Plan, state: RunState) -> Outcome:
+def outcome_of(plan: Plan, state: RunState) -> Outcome:
+    """How a run ended whose last commit is `state`."""
     why = "" if state.round == plan.study.rounds else _unfinished(state)
     if state.round == 0:
         return Outcome("failed", why, state.model, state.digest, None, state)

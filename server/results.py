@@ -34,27 +34,33 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def reporter(path: Path, so_far: RunState | None = None) -> Callable[[Round | Evaluation], None]:
-    """Writes a JSON line for whatever the round loop reports, to a file and to stdout.
+def reporter(path: Path) -> Callable[[Round | Evaluation], None]:
+    """As `teller`, for what the round loop reports."""
+    tell = teller(path)
+    return lambda one: tell(document(one))
+
+
+def teller(path: Path, so_far: RunState | None = None) -> Callable[[Mapping[str, Any]], None]:
+    """Writes a JSON line for each document of a round or an evaluation, to a file and to stdout.
 
     so_far: the state that a run continues from; the file then holds exactly its lines before the next one.
     """
     if so_far is not None:
         kept: list[Round | Evaluation] = [*so_far.evaluations, *so_far.rounds]
-        lines = [_line(one) + "\n" for one in kept]
+        lines = [_line(document(one)) + "\n" for one in kept]
         path.write_text("".join(lines), encoding="utf-8")
 
-    def report(one: Round | Evaluation) -> None:
+    def tell(one: Mapping[str, Any]) -> None:
         line = _line(one)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)
 
-    return report
+    return tell
 
 
-def _line(one: Round | Evaluation) -> str:
-    return json.dumps(document(one), allow_nan=False)
+def _line(one: Mapping[str, Any]) -> str:
+    return json.dumps(one, allow_nan=False)
 
 
 def write(folder: Path, plan: Plan, outcome: Outcome) -> None:

@@ -3,15 +3,16 @@
     python -m consortium.server.run_process DESCRIPTOR
 
 DESCRIPTOR is a socket to the server that started it (`server/link.py`), over which it learns which study this is, and
-through which alone it reaches sites and commits. It works in its run's folder, where `plan.json` and `initial.bin` keep
-what a worker made of the study (seconds of work), so that a restart need not make it again. It can be killed at any
-moment: the next one continues from the last commit.
+through which alone it reaches sites and commits. It works in its run's folder, where `server/plans.py` keeps what
+a worker made of the study. It can be killed at any moment: the next one continues from the last commit.
+
+No code that a study brings is loaded here: its model is made and exported by workers, its strategy runs in a process of
+its own (`server/own_code.py`), all of them confined.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import random
 import shutil
@@ -19,32 +20,30 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
 from consortium.protocol import bundle
+from consortium.protocol.code import is_own
 from consortium.protocol.errors import ConsortiumError, InputError
-from consortium.protocol.files import write_private
-from consortium.protocol.layout import Layout, digest_of
 from consortium.protocol.local import ClosedError
 from consortium.protocol.memory import give_freed_memory_back, keep_freed_memory
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
-from consortium.server import results, worker_process
-from consortium.server.coordinator import run
+from consortium.server import own_code, plans, results
+from consortium.server.coordinator import outcome_of, run
 from consortium.server.link import Link, LinkClients, LinkCommits
+from consortium.server.plans import CODE, INITIAL, PLAN
 from consortium.server.records import Outcome, Plan
-from consortium.server.standing import FAILURES
-from consortium.strategies.base import Strategy
 from consortium.strategies.chosen import strategy_of
+from consortium.strategies.named import fedavg
 
-FORMAT = 1
-PLAN, INITIAL, MODEL, CODE = "plan.json", "initial.bin", "model", "code"
-"""Files of a run's folder; the last two are folders: the exported model, and the study's code."""
+MODEL = "model"
+"""The folder of the exported model in a run's."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -82,23 +81,28 @@ def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
     key = DataKey(bytes.fromhex(first["key"]))
     commits = LinkCommits(link, str(first["run"]), Path(first["checkpoints"]), key)
     state = commits.load()
-    plan = _plan(study, first, folder, begun=state is not None)
+    own = is_own(study.strategy.name)
+    # A strategy of the study's own is never loaded here; of what it decides only the name is needed.
+    strategy = replace(fedavg(), name=study.strategy.name) if own else strategy_of(study)
+    plan = plans.plan(study, strategy, first, folder, begun=state is not None)
     link.call("ready", layout_bytes=plan.layout.nbytes)
     keep_freed_memory()
-    clients = LinkClients(link, commits, Path(first["spool"]), time.time)
-    report = results.reporter(folder / "rounds.jsonl", state)
+    tell = results.teller(folder / "rounds.jsonl", state)
     del state  # the round loop loads it for itself, and lets go of it
-    with threadpool_limits(1, user_api="blas"):  # more threads would change the bits of a sum of products
-        outcome = run(
-            plan,
-            clients,
-            commits,
-            clock=time.time,
-            rng=random.SystemRandom(),
-            report=report,
-            rest=time.sleep,
-            name=commits.name,
-        )
+    if own:
+        outcome = _confined(link, plan, commits, first, folder, tell)
+    else:
+        with threadpool_limits(1, user_api="blas"):  # more threads would change the bits of a sum of products
+            outcome = run(
+                plan,
+                LinkClients(link, commits, Path(first["spool"]), time.time),
+                commits,
+                clock=time.time,
+                rng=random.SystemRandom(),
+                report=lambda one: tell(results.document(one)),
+                rest=time.sleep,
+                name=commits.name,
+            )
     give_freed_memory_back()  # what follows needs other memory, and is done once
     (folder / INITIAL).unlink(missing_ok=True)
     results.write(folder, plan, outcome)
@@ -108,58 +112,38 @@ def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
     return outcome.status, "; ".join(text for text in (outcome.why, exported) if text)
 
 
+def _confined(
+    link: Link,
+    plan: Plan,
+    commits: LinkCommits,
+    first: dict[str, Any],
+    folder: Path,
+    tell: Callable[[Mapping[str, Any]], None],
+) -> Outcome:
+    """The rounds of a study with a strategy of its own, which runs confined."""
+    read = [str(folder / name) for name in (CODE, PLAN, INITIAL) if (folder / name).exists()]
+    scratch = Path(os.environ["TMPDIR"]) / "own"
+    about = {**first, "folder": str(folder), "apart": str(folder)}
+
+    def told(commit: Mapping[str, Any]) -> None:
+        for event in commit["events"]:
+            tell(event)
+
+    said = own_code.hold(link, "consortium.server.own_rounds", about, read, scratch, told)
+    if why := own_code.reason(said):
+        raise InputError(why)
+    state = commits.load()
+    if state is None:
+        raise ConsortiumError("the study's code ended without a commit")
+    return outcome_of(plan, state)
+
+
 def _study(first: dict[str, Any], folder: Path) -> Study:
     """The run's study, its code laid out in the run's folder."""
     if not first.get("bundle"):
         return Study.parse(str(first["study"]), source="the run's study")
     shutil.rmtree(folder / CODE, ignore_errors=True)
     return bundle.read((folder / str(first["bundle"])).read_bytes()).unpack(folder / CODE)
-
-
-def _plan(study: Study, first: dict[str, Any], folder: Path, begun: bool) -> Plan:
-    """The plan, from the run's folder where it is there and of this study, else by a worker."""
-    strategy = strategy_of(study)
-    kept = _kept(study, folder, begun) or _made(study, strategy, folder)
-    if begun:
-        (folder / INITIAL).unlink(missing_ok=True)
-    layout = Layout.parse(kept["layout"])
-    dtype = layout["shared"].numpy_dtype
-    # Mapped, not read: it is needed before the first commit alone.
-    initial = np.empty(0, dtype) if begun else np.memmap(folder / INITIAL, dtype, "r").view(np.ndarray)
-    names = str(first["federation"]), str(first["run"])
-    prepares, spare = bool(kept["prepares"]), study.cohort.spare
-    return Plan(study, strategy, layout, initial, *names, prepares, spare, FAILURES)
-
-
-def _kept(study: Study, folder: Path, begun: bool) -> dict[str, Any] | None:
-    """What `_made` wrote, or None where that is not whole or of another study."""
-    try:
-        kept = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        dtype = Layout.parse(kept["layout"])["shared"].numpy_dtype
-        whole = kept["format"] == FORMAT and kept["study"] == study.digest and "prepares" in kept
-        if whole and not begun:
-            whole = digest_of([np.memmap(folder / INITIAL, dtype, "r")]) == kept["model"]
-    except (OSError, ValueError, KeyError, TypeError, InputError):
-        return None
-    return dict(kept) if whole else None
-
-
-def _made(study: Study, strategy: Strategy, folder: Path) -> dict[str, Any]:
-    return keep(study, worker_process.initial(study, strategy.local), folder)
-
-
-def keep(study: Study, first: worker_process.Initial, folder: Path) -> dict[str, Any]:
-    """Put a study's first model and its plan into a run's folder; returns what `plan.json` holds."""
-    first.vector.tofile(folder / INITIAL)
-    kept = {
-        "format": FORMAT,
-        "study": study.digest,
-        "layout": first.layout.document(),
-        "model": digest_of([first.vector]),
-        "prepares": first.prepares,
-    }
-    write_private(folder / PLAN, json.dumps(kept).encode())
-    return kept
 
 
 def _exported(link: Link, plan: Plan, outcome: Outcome, folder: Path) -> str:

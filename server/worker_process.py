@@ -106,7 +106,7 @@ def run(
     where, module = str(study.folder.resolve()), ["consortium.client.worker"]
     if not (trusted or study.built_in):
         places = {"read": [where], "write": [str(folder)], "apart": [str(Path.cwd())]}
-        module = ["consortium.client.confined", json.dumps(places)]
+        module = ["consortium.protocol.confined", json.dumps(places), *module]
     # -s, -P: neither the user's packages nor the working folder are importable; -B: nothing is written beside code.
     arguments = [
         *(sys.executable, "-s", "-P", "-B", "-m", *module, command, str(folder)),

@@ -11,7 +11,7 @@ import pytest
 from leftovers import living
 from terminals import Terminal
 
-from consortium.client import sandbox
+from consortium.protocol import sandbox
 from consortium.simulations.programs import Programs, free_ports
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "own-code.md"

@@ -15,14 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from consortium.client import sandbox
 from consortium.client.site import start
 from consortium.client.task import task_of
-from consortium.client.worker_process import LONGEST_LINE, MOST_LINES, WorkerDied, WorkerLate, WorkerProcess
+from consortium.client.worker_process import WorkerDied, WorkerLate, WorkerProcess
+from consortium.protocol import sandbox
 from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
 from consortium.protocol.layout import digest_of
 from consortium.protocol.messages import Instruction, Payload, encode, parse
 from consortium.protocol.study import Study
+from consortium.protocol.watching import LONGEST_LINE, MOST_LINES
 from consortium.server import worker_process
 from consortium.strategies.base import Local
 
@@ -361,7 +362,8 @@ def test_it_dies_with_the_program_that_started_it(site: Site) -> None:
     site.with_code("print('it sleeps', flush=True); time.sleep(120)")
     (site.folder / "work/study.toml").write_text(STUDY)
     places = {"read": [str(site.folder / "code")], "write": [str(site.folder / "work")], "apart": []}
-    command = [sys.executable, "-P", "-B", "-m", "consortium.client.confined", json.dumps(places), "initial"]
+    command = [sys.executable, "-P", "-B", "-m", "consortium.protocol.confined", json.dumps(places)]
+    command += ["consortium.client.worker", "initial"]
     command += [str(site.folder / "work"), "--code", str(site.folder / "code"), "--parent"]
     parent = (
         "import os, subprocess; one = subprocess.Popen([*COMMAND, str(os.getpid())], text=True, stdout=-1)\n"
@@ -444,7 +446,7 @@ def test_where_keys_lie_among_what_the_interpreter_needs_nothing_is_started(site
 def test_a_process_with_two_threads_is_not_confined() -> None:
     program = (
         "import threading, time; threading.Thread(target=time.sleep, args=(5,), daemon=True).start()\n"
-        "from consortium.client import sandbox; sandbox.enter([], [])"
+        "from consortium.protocol import sandbox; sandbox.enter([], [])"
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "before any thread is started" in said.stderr

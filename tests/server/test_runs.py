@@ -23,7 +23,7 @@ from consortium.protocol.files import private_folder
 from consortium.protocol.layout import digest_of
 from consortium.protocol.messages import Instruction
 from consortium.protocol.study import Study
-from consortium.server import run_process, running
+from consortium.server import plans, running
 from consortium.server.child import COMMAND
 from consortium.server.model import load_model
 from consortium.simulations import simulate
@@ -378,7 +378,7 @@ def test_damaged_runs_are_failed_and_the_others_go_on(tmp_path: Path) -> None:
         one.sites.join()
         for name, study in texts.items():
             one.archive.submit(study)
-            run_process.keep(study, first_model(study), private_folder(tmp_path / "runs" / f"{name}.1"))
+            plans.keep(study, first_model(study), private_folder(tmp_path / "runs" / f"{name}.1"))
             one.runs.start(name)
             one.until(f"{name}.1", "paused")
             while one.runs.show(name)["round"] < 2:
@@ -407,16 +407,16 @@ def test_a_damaged_plan_is_made_again(quick: World) -> None:
     folder = quick.folder / "runs" / RUN
     quick.prepared = False
     folder.mkdir(parents=True)
-    run_process.keep(STUDY.with_(study={"seed": 8}), first_model(STUDY), folder)
-    kept = run_process._kept(STUDY, folder, begun=False)
+    plans.keep(STUDY.with_(study={"seed": 8}), first_model(STUDY), folder)
+    kept = plans.kept(STUDY, folder, begun=False)
     assert kept is None
-    run_process.keep(STUDY, first_model(STUDY), folder)
-    assert run_process._kept(STUDY, folder, begun=False) is not None
+    plans.keep(STUDY, first_model(STUDY), folder)
+    assert plans.kept(STUDY, folder, begun=False) is not None
     (folder / "initial.bin").write_bytes((folder / "initial.bin").read_bytes()[:-1] + b"?")
-    assert run_process._kept(STUDY, folder, begun=False) is None
-    assert run_process._kept(STUDY, folder, begun=True) is not None
+    assert plans.kept(STUDY, folder, begun=False) is None
+    assert plans.kept(STUDY, folder, begun=True) is not None
     (folder / "plan.json").write_text("{}")
-    assert run_process._kept(STUDY, folder, begun=True) is None
+    assert plans.kept(STUDY, folder, begun=True) is None
 
 
 # Lies

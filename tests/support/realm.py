@@ -34,7 +34,7 @@ from consortium.protocol.study import Study
 from consortium.server import pki
 from consortium.server.federation import ISSUING, Federation
 from consortium.server.pki import Authority
-from consortium.server.run_process import keep
+from consortium.server.plans import keep
 from consortium.server.worker_process import Initial
 from consortium.simulations.programs import descendants, free_ports
 

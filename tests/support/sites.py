@@ -21,7 +21,7 @@ from consortium.client.task import Source, task_of
 from consortium.protocol.messages import Answer, Instruction, decode, encode
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
-from consortium.server import run_process
+from consortium.server import plans
 from consortium.server.archive import Archive
 from consortium.server.exchange import Exchange
 from consortium.server.offers import Offer, Received, Spooled
@@ -151,7 +151,7 @@ class World:
         if self.prepared:
             folder = self.folder / "runs" / f"{self.study.name}.{len(self.archive.runs()) + 1}"
             folder.mkdir(parents=True, exist_ok=True)
-            run_process.keep(self.study, first_model(self.study), folder)
+            plans.keep(self.study, first_model(self.study), folder)
         return self.runs.start(self.study.name)
 
     def until(self, run: str, *states: str, seconds: float = 60.0) -> tuple[str, str]:

@@ -102,7 +102,7 @@ _FOLDERS = (
     "/usr/share/zoneinfo",
     "/sys/devices/system",
 )
-_NAMESPACE = ("protocol", "strategies", "privacy", "client")
+_NAMESPACE = ("protocol", "strategies", "privacy", "client", "server")
 
 
 def landlock_version() -> int:

@@ -1,14 +1,16 @@
-"""The worker program, confined before anything that a study brings is loaded.
+"""A program, confined before anything that a study brings is loaded.
 
-    python -m consortium.client.confined PLACES WORKER'S ARGUMENTS…
+    python -m consortium.protocol.confined PLACES MODULE ITS ARGUMENTS…
 
-PLACES is JSON: `read` and `write`, the paths that the study's code may use; `apart`, folders with keys that must not
-lie among what the interpreter needs; perhaps `memory`, the bytes that it may take. This module and `client/sandbox.py`
-import nothing heavy: libraries may start threads, which would not be confined.
+MODULE is one of Consortium's (`PROGRAMS`); its `main(arguments, confine)` calls `confine` once its libraries are
+loaded. PLACES is JSON: `read` and `write`, the paths that the study's code may use; `apart`, folders with keys that
+must not lie among what the interpreter needs; perhaps `memory`, the bytes that it may take. This module and
+`protocol/sandbox.py` import nothing heavy: libraries may start threads, which would not be confined.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -16,15 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from consortium.client import sandbox
+from consortium.protocol import sandbox
 from consortium.protocol.errors import ConsortiumError
 
+PROGRAMS = ("consortium.client.worker", "consortium.server.own_rounds")
 TOLD = 20
 """How many files outside its places the log names that the study's code asked for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Enter the sandbox, then do as `client/worker.py`; returns the exit code."""
+    """Enter the sandbox, then run the program; returns its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     places = json.loads(given[0])
     try:
@@ -35,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
 
-    from consortium.client import worker
+    if given[1] not in PROGRAMS:
+        print(f"{given[1][:80]}: is no program that runs confined", file=sys.stderr)
+        return 2
+    program: Any = importlib.import_module(given[1])
 
     def confine() -> None:
         sandbox.limit(size, places.get("memory") or sandbox.memory())
@@ -43,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _Telling([*sandbox.needed(), *places["read"], *places["write"], "/dev", "/proc", "/sys"])
         )
 
-    return worker.main(given[1:], confine)
+    return int(program.main(given[2:], confine))
 
 
 class _Telling:

@@ -1,0 +1,77 @@
+"""The round loop of a study that brings its own strategy: a confined program (`server/own_code.py`).
+
+It is the loop of every run over `LinkClients` and `LinkCommits`; only what it may reach is less. It is told what the
+run's process was told, and `folder`, the run's, where the plan lies.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.lifeline import end_with
+from consortium.protocol.local import ClosedError
+from consortium.protocol.memory import keep_freed_memory
+from consortium.protocol.sealed import DataKey
+from consortium.protocol.study import Study
+from consortium.server.coordinator import run
+from consortium.server.link import Link, LinkClients, LinkCommits
+from consortium.server.own_code import OVER
+from consortium.server.plans import CODE, kept_plan
+from consortium.strategies.chosen import strategy_of
+
+
+def main(arguments: Sequence[str], confine: Callable[[], None]) -> int:
+    """Run the rounds; returns the exit code: 0 where it was said how they ended."""
+    end_with(int(arguments[1]))
+    link = Link(socket.socket(fileno=int(arguments[0])))
+    try:
+        try:
+            confine()
+            why = _rounds(link)
+        except ClosedError:
+            raise
+        except ConsortiumError as error:
+            why = str(error)
+        except Exception as error:  # noqa: BLE001 - the study's own code may raise anything; it is reported
+            why = _fault(error)
+        link.call(OVER, why=why)
+    except ClosedError:
+        return 1
+    return 0
+
+
+def _fault(error: Exception) -> str:
+    """What went wrong in code that is not ours, with its innermost line."""
+    place, step = "", error.__traceback__
+    while step is not None:
+        path = Path(step.tb_frame.f_code.co_filename)
+        if CODE in path.parts:
+            place = f"{path.name}, line {step.tb_lineno}: "
+        step = step.tb_next
+    return f"study code: {place}{type(error).__name__}: {error}; correct the code, then submit it again"
+
+
+def _rounds(link: Link) -> str:
+    first = link.first()
+    folder, scratch = Path(first["folder"]), Path.cwd()
+    key = DataKey(bytes.fromhex(first["key"]))
+    commits = LinkCommits(link, str(first["run"]), scratch, key)
+    begun = commits.load() is not None
+    study = Study.parse(str(first["study"]), source="the run's study", folder=folder / CODE)
+    plan = kept_plan(study, strategy_of(study), first, folder, begun)
+    keep_freed_memory()
+    run(  # with one thread, as the environment says: more would change the bits of a sum of products
+        plan,
+        LinkClients(link, commits, scratch, time.time),
+        commits,
+        clock=time.time,
+        rng=random.SystemRandom(),
+        rest=time.sleep,
+        name=commits.name,
+    )
+    return ""
