@@ -11,7 +11,7 @@ from sites import NAMES, Sites, World, first_model, study_of, tables, world
 from consortium.protocol.errors import InputError, RefusedError
 from consortium.protocol.layout import digest_of
 from consortium.protocol.study import Study
-from consortium.server import rerun, run_process
+from consortium.server import plans, rerun
 from consortium.server.running import Running
 from consortium.simulations import simulate
 
@@ -25,7 +25,7 @@ def prepared(one: World, run: str) -> None:
     """The run's first model is there already: no worker needs to make it."""
     folder = one.folder / "runs" / run
     folder.mkdir(parents=True)
-    run_process.keep(one.study, first_model(one.study), folder)
+    plans.keep(one.study, first_model(one.study), folder)
 
 
 def test_a_run_anew_is_a_run_that_the_site_never_joined(tmp_path: Path) -> None:
