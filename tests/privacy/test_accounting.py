@@ -112,7 +112,7 @@ def test_the_exact_gaussian_meets_its_delta() -> None:
         (1.0, 60, 0.2, None),
         (0.1, 100, 0.1, None),
         (3.0, 20, 1.0, None),
-        (30.0, 50, 0.1, None),
+        pytest.param(30.0, 50, 0.1, None, marks=pytest.mark.slow),
     ],
 )
 def test_calibration_hits_its_target_from_below(

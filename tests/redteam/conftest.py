@@ -1,4 +1,4 @@
-"""One federation for all attacks that leave it whole: a server process, two honest sites, one run without end."""
+"""One federation for all attacks of a file that leave it whole: a server, two honest sites, one run without end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from realm import Actor, Honest, Realm, realm
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def siege(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Realm]:
     """A federation with a run that two honest sites work at."""
     with realm(tmp_path_factory.mktemp("siege")) as one:
@@ -21,7 +21,7 @@ def siege(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Realm]:
         assert [problem for site in honest for problem in site.problems] == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mallory(siege: Realm) -> Actor:
     """A site that has joined, and lies."""
     return siege.join("mallory")

@@ -41,6 +41,16 @@ def goes_on(siege: Realm) -> Iterator[None]:
     siege.goes_on()
 
 
+@pytest.fixture(autouse=True)
+def amends(siege: Realm, mallory: Actor) -> Iterator[None]:
+    """Answer honestly once after each test: a site that fails three times in a row is set aside for ever more rounds,
+    and the next test would wait for it to be asked again."""
+    yield
+    frame = mallory.asked()
+    assert mallory.put(frame.about.nonce, *answer(frame)).status == 200
+    counted(siege, frame)
+
+
 def counted(siege: Realm, frame: Frame) -> None:
     """See that mallory's answer counted in the round of `frame`, like the others'."""
     event = siege.round(frame.about.round)

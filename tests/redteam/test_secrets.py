@@ -357,6 +357,7 @@ def test_a_site_listens_to_nobody_but_its_operator(scene: Scene) -> None:
     assert [one.startswith("unix ") and Path(one).name for one in found] == [scene.home.socket.name]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_inherit_the_servers_passphrase(tmp_path: Path) -> None:
     """A server that was given its passphrase in its environment: its run's process has it neither there nor in its
     arguments."""

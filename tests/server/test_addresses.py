@@ -53,6 +53,7 @@ def set_address(founded: Federation, address: str) -> None:
     file.write_text(re.sub(r"^admin_bind = .*$", f'admin_bind = "{address}"', file.read_text(), flags=re.M))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["127.0.0.7", *EVERYWHERE])
 def test_commands_dial_where_the_admin_door_listens(tmp_path: Path, address: str) -> None:
     """`--dir` finds it by the configuration, which was changed after the federation was made; the door's certificate is
@@ -74,6 +75,7 @@ def test_commands_dial_where_the_admin_door_listens(tmp_path: Path, address: str
     assert (pki.general_name(address) in names) == (address == "127.0.0.7")
 
 
+@pytest.mark.slow
 def test_an_enrolment_port_that_is_taken_costs_nothing(tmp_path: Path) -> None:
     """`invite` says which port, and what to type next, and exits with 2; the code that the site was given before stays
     good, also over a restart of the server, which does not wait for the port; when it is free all is well."""

@@ -141,6 +141,7 @@ def test_signature_over_another_model_vouches_for_nothing(signed: Path, federati
             load_model(signed)
 
 
+@pytest.mark.slow
 def test_same_run_gives_the_same_bytes(
     exported: Path, finished: Any, tmp_path: Path, federation: Federation
 ) -> None:

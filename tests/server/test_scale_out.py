@@ -100,6 +100,7 @@ def test_addresses_that_are_none(uri: str) -> None:
         kserve_service({"model": "m", "study": {"digest": "d"}}, "b", "n", uri)
 
 
+@pytest.mark.slow
 def test_versions_that_hold_a_sites_updates(
     finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

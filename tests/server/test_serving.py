@@ -456,6 +456,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_serving_needs_onnxruntime_alone_and_little_memory(exported: Path, rows: Any, tmp_path: Path) -> None:
     """In a process that ends where torch, Flower or pandas are imported: a thousand answers, then under 200 MB."""
     program = (sys.executable, "-c", _BARE)

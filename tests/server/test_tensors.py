@@ -104,7 +104,7 @@ REQUEST = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     REQUEST | JSON, st.binary(max_size=40), st.none() | st.integers(-5, 300).map(str) | st.text(max_size=4)
 )

@@ -35,6 +35,7 @@ def restart(lung: Realm) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_watching_goes_on_where_it_was_when_the_server_is_back(lung: Realm, tmp_path: Path) -> None:
     """It says that the server is away, and that it is back; no event is shown twice and none is left out, up to the
     run's end."""

@@ -237,6 +237,7 @@ def test_results_that_cannot_be_written_are_still_printed(form: str, folder: Pat
         assert "report" not in done.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(folder: Path) -> None:
     """Stopped in the second of many seeds: the first is printed and written, the exit code is 130."""
     command = [str(BIN / "consortium"), "simulate", "study.toml", "--data", "all.csv", "--no-baselines"]

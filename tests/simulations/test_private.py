@@ -55,6 +55,7 @@ def test_the_bound_adapts_and_is_kept_with_the_state() -> None:
     assert bound != 1.0
 
 
+@pytest.mark.slow
 def test_an_exported_model_says_what_each_site_spent(tmp_path: Path) -> None:
     """privacy.json lists epsilon with all that it means, and every release, covered or not; the manifest covers it."""
     result = ran("record")

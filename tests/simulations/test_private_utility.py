@@ -147,6 +147,7 @@ def test_fed_heart_disease_stays_useful(epsilon: float, least: float) -> None:
     assert min(mean for mean, _ in scores.values()) >= 0.68
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_simulate_draws_accuracy_against_epsilon(tmp_path: Path) -> None:
     """One line a unit that the study allows, no privacy beside them, in the report; nonsense is refused."""
