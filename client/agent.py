@@ -16,9 +16,11 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from consortium.client.audit import LONGEST, asked, site_audit
 from consortium.client.hand import Hand
 from consortium.client.home import Home
 from consortium.client.inbox import Taken
@@ -28,6 +30,7 @@ from consortium.client.poller import Connector, Poller, Renew
 from consortium.client.seen import Place, Seen
 from consortium.client.work import Answered, Given, Interrupted, Work
 from consortium.protocol import endings
+from consortium.protocol.chain import Head
 from consortium.protocol.connection import Connection
 from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
 from consortium.protocol.files import sync_folder, write_private
@@ -58,6 +61,7 @@ class Agent:
 
     work: does what is asked. renew: replaces the certificate in the folder, over a connection that it is given.
     studies: looks at what the server proposes, models: at the models that are used here, each over a connection.
+    ledger: the head of the site's privacy ledger.
 
     Raises:
         InputError, IntegrityError: the folder is not in order.
@@ -72,10 +76,12 @@ class Agent:
         renew: Renew | None = None,
         studies: Callable[[Connection], None] | None = None,
         models: Callable[[Connection], None] | None = None,
+        ledger: Callable[[], Head] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._home, self._work, self._clock = home, work, clock
+        self._home, self._work, self._clock, self._ledger = home, work, clock, ledger
         self._identity = home.identity(lock)
+        self._audit = site_audit(home, self._identity, clock)
         self._seen = Seen(home.seen_file, clock)
         self._hand = Hand(clock)
         self._pause_file = paused_file(home)
@@ -98,6 +104,7 @@ class Agent:
             studies=studies,
             models=models,
             renewed=self._outbox.reconnect,
+            note=self._audit.note,
             clock=clock,
         )
         self._worker = threading.Thread(target=self._work_loop, name="work", daemon=True)
@@ -113,6 +120,7 @@ class Agent:
 
     def start(self) -> None:
         """Begin to poll, work and send."""
+        self._audit.note("started", {"version": version("consortium"), "paused": self.paused})
         self._work.begin({run for run in self._seen.runs() if self.recent(run)}, self._seen.over())
         self._poller.start()
         self._worker.start()
@@ -129,6 +137,7 @@ class Agent:
         self._poller.join(max(0.1, end - time.monotonic()))
         if self._worker.is_alive():
             self._worker.join(max(0.1, end - time.monotonic()))
+        self._safely(lambda: self._audit.note("stopped", {}))
 
     # What the operator asks, from any thread
 
@@ -142,6 +151,7 @@ class Agent:
         is still sent."""
         if not self.paused:
             write_private(self._pause_file, b"")
+            self._audit.note("paused", {})
             _log.info("paused by the operator")
             self._work.interrupt()
             self._poller.nudge()
@@ -151,6 +161,7 @@ class Agent:
         if self.paused:
             self._pause_file.unlink(missing_ok=True)
             sync_folder(self._home.folder)
+            self._audit.note("resumed", {})
             _log.info("resumed by the operator")
             self._poller.nudge()
 
@@ -192,6 +203,7 @@ class Agent:
             for_good = word == endings.OVER
             if for_good:
                 self._seen.end(run)
+            self._audit.note("ended", {"run": run, "how": word}, durable=False)
             self._failed.add(run)
             self._work.end(run)
             self._todo.put(partial(self._work.finished, run, for_good))
@@ -215,16 +227,26 @@ class Agent:
             else:
                 self._safely(item)
 
-    def _safely(self, action: Callable[[], None]) -> None:
+    def _safely(self, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception:  # noqa: BLE001 - what it leaves undone is done the next time
             _log.exception("a fault of this program")
 
     def _do(self, taken: Taken) -> None:
-        """Do one instruction, and put the answer to it into the outbox; whatever goes wrong, the agent goes on."""
+        """Do one instruction; whatever goes wrong, the agent goes on. Nothing is done that the audit log does not tell
+        of, so where that cannot be written the server asks again."""
+        try:
+            self._act(taken)
+        except ConsortiumError as error:
+            _log.error("run %s, round %d: %s", taken.about.run, taken.about.round, error)
+            self._drop(taken, "failed", str(error))
+
+    def _act(self, taken: Taken) -> None:
+        """Do one instruction, and put the answer to it into the outbox."""
         about = taken.about
         vain = self._vain(taken)
+        self._audit.note("instruction", asked(about) | _signed_header(taken, vain), durable=False)
         if vain:
             self._drop(taken, "not taken", vain)
             return
@@ -244,6 +266,8 @@ class Agent:
                 answered = self._declined(taken, PAUSED)
             else:
                 _log.error("run %s, round %d: %s", about.run, about.round, error, exc_info=_unexpected(error))
+                fault = {"error": type(error).__name__, "text": str(error)[:LONGEST]}
+                self._audit.note("fault", asked(about) | fault, durable=False)
                 answered = self._declined(taken, "the site could not do the work; its log says more")
         if self._over(about.run):
             self._drop(taken, "not taken", ENDED)
@@ -285,6 +309,10 @@ class Agent:
         self._hand.show(taken, "sending")
         return answered
 
+    def _spent(self) -> dict[str, str]:
+        """The entry of the ledger up to which everything is charged that was computed."""
+        return {} if self._ledger is None else {"ledger": self._ledger().text}
+
     def _declined(self, taken: Taken, reason: str) -> Answered:
         reason = reason.partition("\n")[0][:LONGEST_REASON]
         self._hand.show(taken, "declined", reason)
@@ -295,6 +323,8 @@ class Agent:
         about = taken.about
         signature = sign(self._identity, ANSWER, answered.header)
         size = parse(answered.header).length
+        said = {"header": answered.header.decode(), "signature": signature.hex(), "bytes": size}
+        self._audit.note("answered", asked(about) | said | self._spent())
         self._outbox.put(
             Letter(
                 about.nonce,
@@ -316,6 +346,8 @@ class Agent:
         about = taken.about
         if outcome != "taken":
             self._hand.close(about.nonce)
+            gone = {"what": outcome, "why": why[:LONGEST]}
+            self._safely(lambda: self._audit.note("not taken", asked(about) | gone, durable=False))
             self._hand.show(taken, "late" if outcome == "late" else "not taken", why)
             return
         if self._hand.state(about.run) != "declined":
@@ -325,6 +357,13 @@ class Agent:
         """Give an instruction up without an answer."""
         self._hand.show(taken, state, why)
         self._hand.close(taken.about.nonce)
+
+
+def _signed_header(taken: Taken, vain: str) -> dict[str, Any]:
+    """An instruction as it was signed, and why nothing is done for it, where that is so."""
+    why = vain or taken.reason
+    said = {"header": taken.header.decode(), "signature": taken.signature.hex()}
+    return said | {"refused": why} if why else said
 
 
 def _unexpected(error: Exception) -> Exception | None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from consortium.client.audit import site_audit
 from consortium.client.home import Home
 from consortium.client.policy import beyond
 from consortium.protocol import bundle as bundles
@@ -100,7 +101,10 @@ class Approvals:
 
     def _decided(self, key: Ed25519PrivateKey, kind: str, body: Mapping[str, Any], now: float) -> Head:
         self.entries(key.public_key())
-        return Chain(self.path, self.name, key).append(kind, body, now)
+        head = Chain(self.path, self.name, key).append(kind, body, now)
+        about = {"decision": kind, "study": body["study"], "bundle": body["bundle"], "entry": head.text}
+        site_audit(self._home, key).note("decided", about)
+        return head
 
     # Asking
 

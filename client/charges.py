@@ -57,6 +57,11 @@ class Charges:
         self._ledger = ledger_in(home, lock)
         self._shown: Head | None = None
 
+    @property
+    def head(self) -> Head:
+        """The head of the ledger."""
+        return self._ledger.head
+
     def charge(self, about: Instruction, study: Study, data: str, most: float | None = None) -> Release:
         """Charge what an instruction asks to compute over a data set, unless it was charged before; gives what is to be
         called before the answer leaves, as that may be another than what was charged.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from consortium.client.audit_cli import audit
 from consortium.client.data_cli import data
 from consortium.client.ledger_cli import ledger
 from consortium.client.model_cli import model
@@ -25,6 +26,7 @@ client = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+client.add_typer(audit, name="audit")
 client.add_typer(data, name="data")
 client.add_typer(ledger, name="ledger")
 client.add_typer(model, name="model")

@@ -41,11 +41,13 @@ def add(
 
     Example: consortium client data add patients --source patients.csv --map mapping.toml --dir site
     """
+    from consortium.client.audit import noted
     from consortium.client.datasets import Datasets
 
     home = home_in(folder)
     home.config  # noqa: B018 - refuses a folder that is no client's
-    Datasets(home).add(name, source, mapping)
+    made = Datasets(home).add(name, source, mapping)
+    noted(home, "data added", {"data": name, **made.digests()})
     typer.echo(f"data {name}: registered")
     typer.echo(f"\nNext: consortium client data check {name} --dir {folder}")
     typer.echo(f'      allow studies over it by data = "{name}" in {home.policy_file}')
@@ -84,9 +86,12 @@ def remove(name: Name, folder: Folder) -> None:
 
     Example: consortium client data remove patients --dir site
     """
+    from consortium.client.audit import noted
     from consortium.client.datasets import Datasets
 
-    Datasets(home_in(folder)).remove(name)
+    home = home_in(folder)
+    Datasets(home).remove(name)
+    noted(home, "data removed", {"data": name})
     typer.echo(
         f"data {name}: removed; its holdout key stays, so that held-out rows stay held out if it is added again"
     )
@@ -110,6 +115,7 @@ def exclude(
     Example: consortium client data exclude patients --column patient_id --ids withdrawn.txt --dir site
     """
     from consortium.client import exclusions
+    from consortium.client.audit import noted
     from consortium.client.data_check import check_exclusions
     from consortium.client.datasets import Datasets
 
@@ -119,6 +125,8 @@ def exclude(
     if not undo:
         check_exclusions(found, home.config.site, column or exclusions.read(found.folder).column)
     listed, changed = exclusions.change(found.folder, column, given, undo=undo)
+    about = {"data": name, "ids": changed, "undone": undo, "excluded": len(listed.digests)}
+    noted(home, "data excluded", about)
     what = "taken off the list" if undo else "new on the list"
     typer.echo(f"data {name}: {changed} ids {what}, {len(listed.digests)} are excluded, from the next run on")
     typer.echo(f"{ids} is not needed any more: delete it")

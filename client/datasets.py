@@ -11,6 +11,7 @@ removed, so that rows that were held out once never become training rows.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -56,6 +57,11 @@ class Dataset:
             raise InputError(
                 f"{path}: cannot be read; add '{self.name}' again (consortium client data remove, then add)"
             ) from error
+
+    def digests(self) -> dict[str, str]:
+        """What an audit log says of it: where it lies, and the SHA-256 of its mapping."""
+        mapping = hashlib.sha256((self.folder / MAPPING).read_bytes()).hexdigest()
+        return {"source": SQL if self.source is None else str(self.source), "mapping": mapping}
 
     def key(self) -> bytes:
         """Its holdout key.

@@ -7,6 +7,7 @@
     trust.json        the keys that may sign instructions, signed by the root
     policy.toml       what may run; data.toml and data/NAME/: over which data
     data.key          what is kept of runs is encrypted under, itself encrypted
+    audit/            what happened here, signed (`client/audit.py`)
     state/ seen.json spool/ agent.sock log
 
 Folders have mode 0700, files 0600, private keys are encrypted. `client/joining.py` fills the folder.
@@ -61,6 +62,7 @@ class Home:
         self.data_file = self.folder / "data.toml"
         self.ledger_file = self.folder / "ledger.jsonl"
         self.witness_file = self.folder / "ledger.witness.json"
+        self.audit = self.folder / "audit"
         self.state = self.folder / "state"
         self.seen_file = self.folder / "seen.json"
         self.spool = self.folder / "spool"

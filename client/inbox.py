@@ -66,6 +66,7 @@ class Taken:
     reason: str = ""
     model: str = ""
     bundle: Bundle | None = None
+    signature: bytes = b""
 
 
 class Inbox:
@@ -155,10 +156,10 @@ class Inbox:
             content, model, reason = self._spooled(parsed, reply)
         if reason:
             reply.close()
-            return Taken(header, about, reason=reason)
+            return Taken(header, about, reason=reason, signature=signature)
         bundle, reason = self._bundle(about.study)
         study = bundle.study if bundle is not None else None
-        return Taken(header, about, content, study, reason, model, bundle)
+        return Taken(header, about, content, study, reason, model, bundle, signature)
 
     def endings(self, reply: Reply, nonce: str, asked: Collection[str]) -> dict[str, str]:
         """What a reply says of runs that the poll with this nonce asked about: `endings.OVER` or `FAILED`.

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 
+from consortium.client.audit import site_audit
 from consortium.client.certificate import chain_from, request_for
 from consortium.client.home import Config, Home
 from consortium.protocol import configuration, credentials, keys, signing, wire
@@ -89,6 +90,9 @@ def join(
         if not (home.joined and _mark(home) == mark):
             configuration.write(home.config_file, config)
             _join(home, config, read, lock)
+            joined = Home(folder)
+            about = {"root": read.root, "certificate": credentials.fingerprint(joined.certificate)}
+            site_audit(joined, joined.identity(lock)).note("joined", about)
             write_private(home.folder / MARK, mark.encode())
         home.joining_key.unlink(missing_ok=True)
         home = Home(folder)
@@ -266,6 +270,8 @@ def renew(home: Home, lock: Lock, connection: Connection | None = None) -> None:
     chain = chain_from(answer, home.root, home.config.site, key)
     with alone(home.folder):
         credentials.save(home.tls_file, key, chain, lock)
+    about = {"certificate": credentials.fingerprint(chain[0])}
+    site_audit(home, home.identity(lock)).note("renewed", about)
 
 
 def at_site_door(

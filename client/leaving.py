@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from consortium.client.audit import site_audit
 from consortium.client.home import Home
 from consortium.client.joining import at_site_door
 from consortium.protocol import wire
@@ -37,6 +38,7 @@ def leave(home: Home, lock: Lock, connection: Connection | None = None) -> None:
             f"{error}; the server was not told that site '{home.config.site}' leaves. Try again later, or ask its "
             f"admin to type: consortium server revoke {home.config.site}"
         ) from error
+    site_audit(home, home.identity(lock)).note("left", {})
     with alone(home.folder):
         home.tls_file.unlink(missing_ok=True)
         sync_folder(home.folder)

@@ -68,6 +68,7 @@ def budget(
 
     Example: consortium client ledger budget patients --epsilon 8 --dir site
     """
+    from consortium.client.audit import noted
     from consortium.client.charges import ledger_in
     from consortium.client.datasets import Datasets
     from consortium.privacy.ledger import RELATIONS, Budget
@@ -79,6 +80,8 @@ def budget(
     Datasets(home).get(name)
     book = ledger_in(home, home.lock())
     book.allow(name, Budget(epsilon, delta, unit), time.time())
+    about = {"data": name, "epsilon": epsilon, "delta": delta, "unit": unit, "ledger": book.head.text}
+    noted(home, "budget", about)
     typer.echo(
         f"data {name}: may spend epsilon {epsilon:g} at delta {delta:g} per {unit}, in all studies together"
     )

@@ -7,8 +7,10 @@ import secrets
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from consortium.client.audit import LONGEST
 from consortium.client.backoff import Backoff
 from consortium.client.hand import Hand
 from consortium.client.home import Home
@@ -55,7 +57,7 @@ class Poller:
 
     paused, kept: what the server is told. put: gets each instruction. ended: gets what is said of runs that ended.
     renew: replaces the certificate, over a connection; renewed: is called afterwards. studies: looks at what the server
-    proposes, models: at those that are used here, each over a connection.
+    proposes, models: at those that are used here, each over a connection. note: writes to the audit log.
     """
 
     def __init__(
@@ -74,11 +76,12 @@ class Poller:
         studies: Callable[[Connection], None] | None,
         models: Callable[[Connection], None] | None,
         renewed: Callable[[], None],
+        note: Callable[[str, Mapping[str, Any]], object],
         clock: Callable[[], float],
     ) -> None:
         self._home, self._lock, self._hand, self._connect, self._clock = home, lock, hand, connect, clock
         self._paused, self._kept, self._put, self._ends = paused, kept, put, ended
-        self._renew, self._renewed = renew, renewed
+        self._renew, self._renewed, self._note = renew, renewed, note
         self._studies, self._number = studies, -1
         self._models, self._model_number, self._models_at = models, "", -MODELS_EVERY
         self.inbox = Inbox(home, seen, connect, hand.has, clock)
@@ -188,6 +191,7 @@ class Poller:
         if self._dropped & (self._dropped - 1) == 0:
             times = f" ({self._dropped} times in a row)" if self._dropped > 1 else ""
             _log.warning("an instruction is dropped: %s%s", error, times)
+            self._note("dropped", {"why": str(error)[:LONGEST], "times": self._dropped})
         return self._dropping.next()
 
     def _note_lost(self, error: Exception) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 from consortium.client import models, policy
 from consortium.client.agent import Agent
 from consortium.client.approvals import Approvals
+from consortium.client.audit import site_audit
 from consortium.client.charges import Charges
 from consortium.client.control import Control
 from consortium.client.datasets import Datasets
@@ -53,12 +54,14 @@ def run(home: Home) -> None:
             signal.signal(number, lambda *_: ended.set())
         key, approvals = home.identity(lock), Approvals(home)
         approvals.entries(key.public_key())
+        log = site_audit(home, key)
         charges = Charges(home, lock, lambda: home.connection(lock))
         agent = Agent(
             home,
             lock,
-            SiteWork(home, home.data_key(lock), approvals, key.public_key(), charges.charge),
+            SiteWork(home, home.data_key(lock), approvals, key.public_key(), charges.charge, log.note),
             renew=renew,
+            ledger=lambda: charges.head,
             studies=lambda connection: follow(connection, home, key, approvals, time.time()),
             models=lambda connection: models.check(home, connection),
         )

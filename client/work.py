@@ -10,14 +10,15 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from consortium.client import policy
 from consortium.client.approvals import Approvals
+from consortium.client.audit import LONGEST, asked
 from consortium.client.datasets import Dataset, Datasets
 from consortium.client.home import Home
 from consortium.client.snapshot import Snapshots, erase, place_of
@@ -130,12 +131,20 @@ class SiteWork:
     """The real work of a site.
 
     key: what it keeps is encrypted under. charge: charges what an instruction asks to compute over a data set, of which
-    its study may spend so much epsilon, before it is computed; raises RefusedError where the site does not.
+    its study may spend so much epsilon, before it is computed; raises RefusedError where the site does not. note:
+    writes to the audit log.
     """
 
     def __init__(
-        self, home: Home, key: DataKey, approvals: Approvals, public: Ed25519PublicKey, charge: Charge
+        self,
+        home: Home,
+        key: DataKey,
+        approvals: Approvals,
+        public: Ed25519PublicKey,
+        charge: Charge,
+        note: Callable[[str, Mapping[str, Any]], object] = lambda kind, body: None,
     ) -> None:
+        self._note = note
         self._home, self._key, self._data = home, key, Datasets(home)
         self._approvals, self._public, self._charge = approvals, public, charge
         self._snapshots = Snapshots(home.config.site, home.spool)
@@ -164,6 +173,9 @@ class SiteWork:
                 if self._halted(run) != halts:
                     raise Interrupted("the work was interrupted") from error
                 _log.warning("run %s, round %d: %s", run, given.about.round, error)
+                self._note(
+                    "fault", asked(given.about) | {"error": "WorkerDied", "text": str(error)[:LONGEST]}
+                )
                 if death == DEATHS:
                     raise RefusedError(f"{error}, {DEATHS} times; the site's log says more") from error
             except WorkerLate:

@@ -123,7 +123,8 @@ class Chain:
     """The log of its owner, at `path`; for any number of threads and processes, one appends at a time.
 
     name: what it is and whose, such as "audit hospitals site-1"; part of every hash.
-    key: the owner's. earlier: public keys that the owner signed with before.
+    key: the owner's. earlier: public keys that the owner signed with before. start: the head that the first line in
+    the file follows, where that is not the chain's beginning.
 
     Raises:
         IntegrityError: the log is damaged; the entry is named.
@@ -131,12 +132,21 @@ class Chain:
     """
 
     def __init__(
-        self, path: Path, name: str, key: Ed25519PrivateKey, earlier: Sequence[Ed25519PublicKey] = ()
+        self,
+        path: Path,
+        name: str,
+        key: Ed25519PrivateKey,
+        earlier: Sequence[Ed25519PublicKey] = (),
+        start: Head | None = None,
     ) -> None:
         self.path, self.name, self._key = Path(path), name, key
         self._keys = (key.public_key(), *earlier)
         self._lock = threading.Lock()
-        self._head, self._end, self._line = start_of(name), 0, b""  # the last line, and where it ends
+        self._head, self._end, self._line = (
+            start or start_of(name),
+            0,
+            b"",
+        )  # the last line, and where it ends
         if self.path.exists():
             with _opened(self.path) as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
@@ -147,8 +157,13 @@ class Chain:
         """The head as of the last `append` or opening."""
         return self._head
 
-    def append(self, kind: str, body: Mapping[str, Any], at: float) -> Head:
-        """Add an entry; it is durable when this returns.
+    @property
+    def size(self) -> int:
+        """Bytes of the whole lines, as of the last `append` or opening."""
+        return self._end
+
+    def append(self, kind: str, body: Mapping[str, Any], at: float, durable: bool = True) -> Head:
+        """Add an entry; it is durable when this returns, or, if not `durable`, with the next one that is, or `sync`.
 
         Raises:
             IntegrityError: what others did to the file meanwhile is no continuation of it.
@@ -165,7 +180,8 @@ class Chain:
                 try:
                     os.ftruncate(descriptor, self._end)  # a torn line of an earlier crash
                     _write(descriptor, line, self._end)
-                    os.fsync(descriptor)
+                    if durable:
+                        os.fsync(descriptor)
                 except BaseException:
                     with contextlib.suppress(OSError):
                         os.ftruncate(descriptor, self._end)
@@ -175,6 +191,26 @@ class Chain:
             self._head = Head(self._head.sequence + 1, hashlib.sha256(line[:-1]).hexdigest())
             self._end, self._line = self._end + len(line), line
             return self._head
+
+    def refresh(self) -> bytes:
+        """Take in what others appended; gives the torn last line that a crash left, which the next `append` removes.
+
+        Raises:
+            IntegrityError: as `append`.
+        """
+        with self._lock:
+            if not self.path.exists():
+                return b""
+            with _opened(self.path) as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                self._catch_up(file)
+                file.seek(self._end)
+                return file.read(MAX_LINE)
+
+    def sync(self) -> None:
+        """Make every entry durable."""
+        with _opened(self.path) as file:
+            os.fsync(file.fileno())
 
     def entries(self, after: int = 0) -> Iterator[Entry]:
         """The entries with a number above `after`, checked as far as hashes go."""
@@ -213,38 +249,48 @@ class Chain:
         for _ in found.over(file):
             pass
         if found.line:
-            _check_signatures(self.path, self.name, self._keys, found)
+            _check_signatures([self.path], self.name, self._keys, self._keys, found.head, found.line)
             self._head, self._end, self._line = found.head, found.end, found.line
 
 
-def verify(path: Path, name: str, keys: Sequence[Ed25519PublicKey], witnessed: Sequence[Head] = ()) -> Head:
+def verify(
+    paths: Path | Sequence[Path],
+    name: str,
+    keys: Sequence[Ed25519PublicKey],
+    witnessed: Sequence[Head] = (),
+    earlier: Sequence[Ed25519PublicKey] = (),
+) -> Head:
     """The head of a chain of which everything was checked, and which contains every head in `witnessed`.
 
-    keys: any of them may have signed. A missing file is an empty chain.
+    paths: its file, or its files in order. keys: any of them may have signed; of a chain that went on under other keys,
+    those of its end, and `earlier` those of before. A missing file is an empty chain.
 
     Raises:
         IntegrityError: naming the first entry that is not as it was written; or the first one that was, or may have
             been, rewritten or cut off, where the chain is sound in itself but lacks a head that was witnessed.
         InputError: the file cannot be read.
     """
-    found = _Scan(path, start_of(name), 0, keys)
-    wanted = {head.sequence: head for head in sorted(witnessed)}
+    files = [paths] if isinstance(paths, Path) else list(paths)
+    path = files[-1] if files else Path(name)
+    head, line = start_of(name), b""
+    wanted = {one.sequence: one for one in sorted(witnessed)}
     if len(wanted) < len(set(witnessed)):
         one = _twice(witnessed)
         raise IntegrityError(f"{path}: entry {one} was shown with two contents: its owner's log was forked")
-    seen: dict[int, str] = {0: found.head.hash}
-    if path.exists():
-        with _opened(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            for entry in found.over(file):
-                if entry.sequence in wanted:
-                    seen[entry.sequence] = entry.hash
-    if found.line:
-        _check_signatures(path, name, keys, found)
+    seen: dict[int, str] = {0: head.hash}
+    for file in files:
+        found = _Scan(file, head, 0, (*keys, *earlier))
+        found.line = line
+        for entry in found.read():
+            if entry.sequence in wanted:
+                seen[entry.sequence] = entry.hash
+        head, line = found.head, found.line
+    if line:
+        _check_signatures(files, name, keys, (*keys, *earlier), head, line)
     for last, number in pairwise([0, *sorted(wanted)]):
-        if number > found.head.sequence:
+        if number > head.sequence:
             raise IntegrityError(
-                f"{path}: entry {found.head.sequence + 1} is missing; the log has {found.head.sequence} entries, and "
+                f"{path}: entry {head.sequence + 1} is missing; the log has {head.sequence} entries, and "
                 f"the other side has seen {max(wanted)}: it was cut, or an old copy was put back"
             )
         if seen[number] != wanted[number].hash:
@@ -253,21 +299,26 @@ def verify(path: Path, name: str, keys: Sequence[Ed25519PublicKey], witnessed: S
                 f"{path}: {which} is not the one that the other side has seen: the log was rewritten by the holder of "
                 "its key"
             )
-    return found.head
+    return head
 
 
-def entries(path: Path, name: str, after: int = 0) -> Iterator[Entry]:
+def entries(
+    paths: Path | Sequence[Path], name: str, after: int = 0, start: Head | None = None
+) -> Iterator[Entry]:
     """The entries of a chain with a number above `after`, in order, checked as far as hashes go; `verify` checks all.
+
+    start: the head that they follow, where that is not the chain's beginning.
 
     Raises:
         IntegrityError, InputError: as `verify`.
     """
-    if not path.exists():
-        return
-    with _opened(path) as file:
-        for entry in _Scan(path, start_of(name), 0).over(file):
+    head = start or start_of(name)
+    for path in [paths] if isinstance(paths, Path) else paths:
+        found = _Scan(path, head, 0)
+        for entry in found.read():
             if entry.sequence > after:
                 yield entry
+        head = found.head
 
 
 def lines(path: Path, after: int = 0) -> list[bytes]:
@@ -306,6 +357,13 @@ class _Scan:
 
     def __init__(self, path: Path, head: Head, end: int, keys: Sequence[Ed25519PublicKey] = ()) -> None:
         self.path, self.head, self.end, self.line, self.keys = path, head, end, b"", keys
+
+    def read(self) -> Iterator[Entry]:
+        """All that the file holds; nothing where there is none."""
+        if self.path.exists():
+            with _opened(self.path) as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                yield from self.over(file)
 
     def over(self, file: BinaryIO) -> Iterator[Entry]:
         with os.fdopen(os.dup(file.fileno()), "rb") as buffered:
@@ -362,21 +420,29 @@ class _Scan:
         return IntegrityError(f"{self.path}: entry {self.head.sequence + 1} {what}")
 
 
-def _check_signatures(path: Path, name: str, keys: Sequence[Ed25519PublicKey], found: _Scan) -> None:
+def _check_signatures(
+    paths: Sequence[Path],
+    name: str,
+    keys: Sequence[Ed25519PublicKey],
+    every: Sequence[Ed25519PublicKey],
+    head: Head,
+    last: bytes,
+) -> None:
     """The last signature covers all lines; only where it fails, the first bad one is looked for.
 
+    keys: may have signed the last line; every: any line.
+
     Raises:
-        IntegrityError: naming the first entry that no key of `keys` signed.
+        IntegrityError: naming the first entry that no key of `every` signed.
     """
-    if _signed(keys, found.line):
+    if _signed(keys, last):
         return
-    number = found.head.sequence
-    with _opened(path) as file:
-        for line in file:
-            if line.endswith(b"\n") and not _signed(keys, line):
-                number = int(json.loads(line)["sequence"])
-                break
-    raise IntegrityError(f"{path}: entry {number} is not signed by the owner of '{name}'")
+    number = head.sequence
+    for line in (line for path in paths if path.exists() for line in _opened(path)):
+        if line.endswith(b"\n") and not _signed(every, line):
+            number = int(json.loads(line)["sequence"])
+            break
+    raise IntegrityError(f"{paths[-1]}: entry {number} is not signed by the owner of '{name}'")
 
 
 def _signed(keys: Sequence[Ed25519PublicKey], line: bytes) -> bool:

@@ -35,6 +35,7 @@ RANK: Mapping[str, int] = {"viewer": 0, "researcher": 1, "admin": 2}
 MAX_SUBMITTED = bundle.MAX_BUNDLE * 4 // 3 + 4096
 """Bytes of a request with a bundle in base64."""
 WATCH_SECONDS = 20.0
+LONGEST_PATH = 300
 MOST_FAILURES = 30
 """Wrong tokens a minute; whoever sends another is told to wait. A right one is served all the same."""
 
@@ -51,6 +52,8 @@ class Host(Protocol):
     def rotate(self, sites: bool) -> dict[str, Any]: ...
     def gate(self, name: str, document: dict[str, Any]) -> dict[str, Any]: ...
     def gated(self, name: str) -> dict[str, Any]: ...
+    def note(self, kind: str, body: Mapping[str, Any]) -> object: ...
+    def refused(self, door: str, why: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class AdminDoor:
         """One request of whoever holds a token."""
         found = self._who(request)
         if found is None:
+            self._host.refused("admin", "no such token")
             if self._too_many():
                 return error_response(429, "too many wrong tokens; try again in a minute, with the right one")
             return error_response(
@@ -104,9 +108,11 @@ class AdminDoor:
             if star is None or route.method != request.method:
                 continue
             if RANK[role] < RANK[route.role]:
+                self._host.refused("admin", f"beyond the role {role}")
                 return error_response(403, f"token '{name}' has the role {role}; {route.role} is needed")
             if route.method != "GET":
                 _log.info("%s %s by token '%s'", route.method, request.path, name)
+                self._host.note("command", {"by": name, "role": role, "what": request.path[:LONGEST_PATH]})
             return json_response(route.answer(request, star))
         return error_response(404, "there is no such route on the admin door")
 
@@ -129,8 +135,10 @@ class AdminDoor:
         study = found.study
         found.check_needs()
         self._archive.submit(found)
+        about = {"study": study.name, "digest": study.digest, "bundle": found.digest}
+        self._host.note("submitted", about)
         self._exchange.nudge()
-        return {"study": study.name, "digest": study.digest, "bundle": found.digest}
+        return about
 
     def _rerun(self, request: Request, name: str) -> dict[str, Any]:
         without = _document(request).get("without")

@@ -14,7 +14,7 @@ from consortium.protocol import chain
 from consortium.protocol.chain import Head
 from consortium.protocol.errors import InputError, IntegrityError
 from consortium.protocol.signing import public_key
-from consortium.server.roster import Roster
+from consortium.server.roster import Note, Roster, unnoted
 from consortium.server.store import Store
 
 MOST = 1000
@@ -25,9 +25,15 @@ class Approvals:
     """For any number of threads. federation: its name."""
 
     def __init__(
-        self, store: Store, roster: Roster, federation: str, clock: Callable[[], float] = time.time
+        self,
+        store: Store,
+        roster: Roster,
+        federation: str,
+        clock: Callable[[], float] = time.time,
+        note: Note = unnoted,
     ) -> None:
         self._store, self._roster, self._federation, self._clock = store, roster, federation, clock
+        self._note = note
 
     def head(self, site: str) -> Head:
         """The last decision that is known of a site, under the identity that it has now."""
@@ -72,6 +78,8 @@ class Approvals:
                         str(body.get("reason", ""))[:500], line,
                     ),
                 )  # fmt: skip
+                about = {"site": site, "sequence": entry.sequence, "hash": entry.hash}
+                self._note("decided", {**about, "decision": entry.kind, "bundle": str(body.get("bundle"))})
             return entries[-1].head if entries else head
 
     def decisions(self, bundle: str) -> dict[str, tuple[str, str]]:

@@ -89,6 +89,10 @@ class Archive:
         self._key = key or new_data_key()
         self._news = threading.Condition()
         self.folder = private_folder(folder)
+        self.recorded: Callable[[], None] = lambda: None
+        """Returns once the audit log of what led to a commit is on the disk."""
+        self.told: Callable[[], None] = lambda: None
+        """Called when there are new events."""
         self._sweep()
 
     def _sweep(self) -> None:
@@ -303,6 +307,7 @@ class Archive:
         about = os.fstat(file)
         if not stat.S_ISREG(about.st_mode) or about.st_nlink:
             raise IntegrityError(f"run '{run}': a checkpoint must be a new file without a name")
+        self.recorded()
         before, now = self.committed(run), self._clock()
         name = f"{run}.{round}.{attempt}.{secrets.token_hex(4)}"
         self._name(file, name)
@@ -367,6 +372,7 @@ class Archive:
             return self._news.wait_for(lambda: bool(self.events(run, after, 1)), seconds)
 
     def _tell(self) -> None:
+        self.told()
         with self._news:
             self._news.notify_all()
 

@@ -40,7 +40,8 @@ _log = logging.getLogger(__name__)
 
 
 class Enrolment:
-    """Answers whoever knocks. changed: called when a site has joined. clock: seconds, for the limit alone."""
+    """Answers whoever knocks. changed: called when a site has joined. clock: seconds, for the limit alone. refused:
+    counts whom the door refuses."""
 
     def __init__(
         self,
@@ -48,8 +49,9 @@ class Enrolment:
         roster: Roster,
         changed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        refused: Callable[[str, str], None] = lambda door, why: None,
     ) -> None:
-        self._federation, self._roster, self._changed = federation, roster, changed
+        self._federation, self._roster, self._changed, self._refused = federation, roster, changed, refused
         self._attempts = _Attempts(clock)
 
     def handle(self, request: Request) -> Response:
@@ -69,11 +71,14 @@ class Enrolment:
         try:
             fields = _fields(request.read(MAX_REQUEST))
             if ticket is None and not self._roster.invited(fields["site"], fields["secret"]):
+                self._refused("enrolment", "too many attempts")
                 return error_response(429, "too many attempts failed; try again in a minute")
             answer = self._join(fields)
         except (InputError, IntegrityError) as error:
+            self._refused("enrolment", "malformed, or not signed as it should be")
             return error_response(400, str(error))
         except RefusedError as error:
+            self._refused("enrolment", "no such invitation")
             _log.warning("an attempt to join from %s was refused", request.address)
             return error_response(403, str(error))
         except ConsortiumError:

@@ -20,7 +20,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +69,8 @@ class Exchange:
     """For any number of threads.
 
     sign: gives the signature of an instruction's header. spool: a folder on the disk that answers are written to.
-    member: whether a site belongs to the federation now. members: the names of all that do.
+    member: whether a site belongs to the federation now. members: the names of all that do. asked: is told
+    what a run is about to ask, and raises where that may not be.
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class Exchange:
         member: Callable[[str], bool],
         clock: Callable[[], float] = time.time,
         members: Callable[[], Iterable[str]] = tuple,
+        asked: Callable[[str, Sequence[Offer]], None] = lambda run, offers: None,
     ) -> None:
-        self._members = members
+        self._members, self._note_asked = members, asked
         self._sign, self.spool, self._member, self._clock = sign, spool, member, clock
         self._lock = threading.RLock()
         self._moved = threading.Condition(self._lock)
@@ -237,6 +239,7 @@ class Exchange:
             nonce = str(about.fields["nonce"])
             signature = self._sign(header)
             offers[site] = Offer(run, site, nonce, header, signature, shared, about.length, largest)
+        self._note_asked(run, list(offers.values()))
         with self._lock:
             self.withdraw(run)
             self._asked[run] = _Asked(dict(offers), total=len(offers))

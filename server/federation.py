@@ -8,6 +8,7 @@
     admin.token       a token of role admin, for whoever works on the server's machine
     epoch.json        the epoch, where the folder was restored from a backup (`protocol/epoch.py`)
     data.key          what checkpoints are encrypted under, itself encrypted
+    audit/            what happened, signed (`server/audit.py`)
     consortium.db checkpoints/ spool/ runs/
 
 Keys are encrypted. Key and certificate stand in one file wherever both are replaced together.
@@ -99,13 +100,16 @@ class Federation:
         Raises:
             InputError: a value is wrong (every one is named), the folder holds something else, or another federation.
         """
+        from consortium.server.audit import open_audit
         from consortium.server.founding import found
 
         settings = {
             "name": name, "host": host, "port": port, "admin_port": admin_port, "enrol_port": enrol_port,
             "bind": bind,
         }  # fmt: skip
-        return Federation(*found(folder, settings, key_file, use_passphrase, now, environment))
+        made = Federation(*found(folder, settings, key_file, use_passphrase, now, environment))
+        open_audit(made, lambda: now)
+        return made
 
     @staticmethod
     def open(folder: Path, lock: Lock | None = None) -> Federation:

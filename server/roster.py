@@ -13,7 +13,7 @@ import hmac
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,6 +30,13 @@ MOST_A_DAY = 24
 
 _KEPT_FOR = 30 * 86400.0  # seconds that an expired certificate stays listed
 _INSERT = "INSERT INTO certificates (fingerprint, site, issued, expires) VALUES (?, ?, ?, ?)"
+
+
+Note = Callable[[str, Mapping[str, Any]], object]
+
+
+def unnoted(kind: str, body: Mapping[str, Any]) -> None:
+    """Where nobody keeps an audit log."""
 
 
 Issue = Callable[[str, float], Issued]
@@ -60,11 +67,11 @@ class Joining:
 class Roster:
     """Sites, invitations, certificates and tokens in the server's database. For any number of threads.
 
-    clock: seconds since the epoch.
+    clock: seconds since the epoch. note: writes a change to the audit log before it counts; what it raises undoes it.
     """
 
-    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
-        self._store, self._clock = store, clock
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time, note: Note = unnoted) -> None:
+        self._store, self._clock, self._note = store, clock, note
         self._renewals: dict[str, float] = {}  # sites that were asked to renew, and when
         self._lock = threading.Lock()
 
@@ -96,6 +103,7 @@ class Roster:
                 "VALUES (?, ?, ?, '', '', '')",
                 (site, _digest(secret), now + seconds),
             )
+            self._note("invited", {"site": site, "expires": now + seconds})
         return secret, now + seconds
 
     def invited(self, site: str, secret: str) -> bool:
@@ -144,6 +152,8 @@ class Roster:
                 (joining.identity, now, site),
             )
             db.execute(_INSERT, (issued.fingerprint, site, issued.issued, issued.expires))
+            about = {"site": site, "identity": joining.identity, "certificate": issued.fingerprint}
+            self._note("joined", about)
         return issued.chain
 
     # Members
@@ -216,6 +226,7 @@ class Roster:
             issued = issue(site, now)
             db.execute(_INSERT, (issued.fingerprint, site, issued.issued, issued.expires))
             db.execute("DELETE FROM certificates WHERE expires < ?", (now - _KEPT_FOR,))
+            self._note("renewed", {"site": site, "certificate": issued.fingerprint})
         return issued.chain
 
     def renewal_due(self, site: str) -> bool:
@@ -276,6 +287,7 @@ class Roster:
             db.execute("UPDATE sites SET status = ?, since = ? WHERE name = ?", (status, now, site))
             db.execute("UPDATE certificates SET revoked = ? WHERE site = ? AND revoked IS NULL", (now, site))
             db.execute("DELETE FROM invitations WHERE site = ?", (site,))
+            self._note(status, {"site": site})
 
     def _joined(self) -> list[Any]:
         return list(self._store.rows("SELECT name FROM sites WHERE status = 'joined' ORDER BY name"))
@@ -290,6 +302,7 @@ class Roster:
                 "INSERT OR REPLACE INTO tokens (name, role, digest, created) VALUES (?, ?, ?, ?)",
                 (name, role, _digest(token), self._clock()),
             )
+            self._note("token", {"name": name, "role": role})
         return token
 
     def role_of(self, token: str) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from consortium.protocol.signing import INSTRUCTION, sign
 from consortium.server.admin_door import AdminDoor
 from consortium.server.approvals import Approvals
 from consortium.server.archive import Archive
+from consortium.server.audit import Keeper
 from consortium.server.enrolment import Enrolment
 from consortium.server.exchange import Exchange
 from consortium.server.federation import CHECKPOINTS, CONFIG, Federation
@@ -56,27 +58,32 @@ class Server:
         self.federation = federation
         folder = federation.folder
         self.store = Store(folder / "consortium.db")
-        self.roster = Roster(self.store)
         self.archive = Archive(self.store, folder / CHECKPOINTS, key=federation.data_key())
+        self.audit = Keeper(federation, self.archive)
+        self.archive.recorded, self.archive.told = self.audit.flush, self.audit.follow
+        self.note, self.refused = self.audit.note, self.audit.refused
+        self.roster = Roster(self.store, note=self.note)
         spool = folder / "spool"
         spool.mkdir(mode=0o700, exist_ok=True)
-        self.exchange = Exchange(self._sign, spool, self.roster.is_member, members=self.roster.joined)
-        name = federation.config.name
-        self.approvals = Approvals(self.store, self.roster, name)
-        self.runs = Runs(
-            self.archive, self.exchange, folder, name, seal=federation.seal, approvals=self.approvals
+        self.exchange = Exchange(
+            self._sign, spool, self.roster.is_member, members=self.roster.joined, asked=self.audit.asked
         )
+        name = federation.config.name
+        self.approvals = Approvals(self.store, self.roster, name, note=self.note)
+        self.runs = Runs(self.archive, self.exchange, folder, name, seal=self._seal, approvals=self.approvals)
         self.gates = Gates(federation, self.archive, self.exchange)
         config = federation.config
         site_door = SiteDoor(federation, self.roster, self.archive, self.exchange, self.approvals)
         self.site_door = Listener(
-            config.bind, config.port, federation.site_context, site_door.handle, Caps(), self.roster.admit
+            config.bind, config.port, federation.site_context, site_door.handle, Caps(), self._admit
         )
         admin_door = AdminDoor(self, self.roster, self.archive, self.exchange, self.runs)
         self.admin_door = Listener(
             config.admin_bind, config.admin_port, federation.open_context, admin_door.handle, ADMIN, None
         )
-        self._enrolment_handler = Enrolment(federation, self.roster, self._follow_invitations)
+        self._enrolment_handler = Enrolment(
+            federation, self.roster, self._follow_invitations, refused=self.refused
+        )
         self._enrolment: Listener | None = None
         self._shut = ""  # why the enrolment door, which is wanted, is not open
         self._lock = threading.RLock()
@@ -88,6 +95,7 @@ class Server:
         Raises:
             InputError: another port is taken.
         """
+        self.audit.start()
         self.federation.renew_if_due(time.time())
         self.site_door.start()
         self.admin_door.start()
@@ -103,10 +111,21 @@ class Server:
             doors = [self.site_door, self.admin_door, *([self._enrolment] if self._enrolment else [])]
         for door in doors:
             door.stop(ENDING)
+        self.audit.stop()
         self.store.close()
 
     def _sign(self, header: bytes) -> bytes:
         return sign(self.federation.instruction_key, INSTRUCTION, header)
+
+    def _seal(self, manifest: bytes) -> dict[str, Any]:
+        self.note("sealed", {"manifest": hashlib.sha256(manifest).hexdigest()})
+        return self.federation.seal(manifest)
+
+    def _admit(self, der: bytes | None) -> str | None:
+        site = self.roster.admit(der)
+        if site is None:
+            self.refused("site", "its certificate is not on the roster")
+        return site
 
     # What the admin door asks
 
@@ -179,6 +198,7 @@ class Server:
         if sites:
             return {"renewing": self.roster.ask_renewal()}
         self.federation.rotate(time.time())
+        self.audit.keys()
         return {"trust": self.federation.trust_serial}
 
     def gate(self, name: str, document: dict[str, Any]) -> dict[str, Any]:
@@ -210,6 +230,7 @@ class Server:
                     _log.info("run %s: finished long ago, its checkpoint is removed", run)
                 for site in self.roster.expired():
                     self.site_door.cut(site)
+                self.audit.keep_house()
             except ConsortiumError as error:
                 _log.error("housekeeping: %s", error)
 

@@ -280,7 +280,7 @@ def test_nothing_of_this_stays_on_the_servers_disk(desk: Realm) -> None:
     names = {one.name for one in desk.own.iterdir()}
     assert names <= {
         "server.toml", "root.key", "root.pem", "issuing.pem", "server.pem", "instruction.key", "trust.json",
-        "admin.token", "data.key",
+        "admin.token", "data.key", "audit",
         "consortium.db", "consortium.db-wal", "consortium.db-shm", "checkpoints", "spool", "runs", "server.lock",
         ".lock",
         "lock",
