@@ -102,7 +102,12 @@ class Instruction:
 
     def nonce_for(self, site: str) -> str:
         """The nonce that `site` must echo: SHA-256 of the cohort's nonce and the site's name."""
-        return hashlib.sha256(f"{self.nonce}|{site}".encode()).hexdigest()
+        return nonce_for(self.nonce, site)
+
+
+def nonce_for(nonce: str, site: str) -> str:
+    """The nonce of one site of a cohort that has `nonce`."""
+    return hashlib.sha256(f"{nonce}|{site}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)

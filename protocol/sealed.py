@@ -198,7 +198,8 @@ class Sealed:
             IntegrityError: the file is not as it was written.
         """
         stop = self.size if stop is None else min(stop, self.size)
-        buffer, sealed = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK + _TAG))
+        most = min(CHUNK, self.size)
+        buffer, sealed = memoryview(bytearray(most)), memoryview(bytearray(most + _TAG))
         for number in range(start // CHUNK, self._chunks):
             first = number * CHUNK
             if first >= stop and number:

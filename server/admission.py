@@ -18,7 +18,7 @@ import numpy as np
 
 from consortium.privacy.mechanisms import WITHIN, Mechanism, bound_of
 from consortium.protocol.layout import Layout, Segment, Vector
-from consortium.protocol.messages import Answer, Instruction
+from consortium.protocol.messages import Answer, Instruction, nonce_for
 from consortium.protocol.metrics import examples, problem
 
 _CHUNK = 1 << 13
@@ -44,8 +44,8 @@ class Admitted:
     norm: float
 
 
-def misaddressed(asked: Instruction, answer: Answer) -> str:
-    """Why `answer` is not an answer to the instruction `asked`; empty where it is one."""
+def misaddressed(asked: Instruction, answer: Answer, former: tuple[str, ...] = ()) -> str:
+    """Why `answer` is not an answer to the instruction `asked`; empty where it is one. former: as in `Gate`."""
     if answer.run != asked.run:
         return f"answers another run ({clip(answer.run)})"
     if (answer.round, answer.attempt) != (asked.round, asked.attempt):
@@ -53,7 +53,8 @@ def misaddressed(asked: Instruction, answer: Answer) -> str:
     if answer.kind != asked.kind or answer.model != asked.model:
         return f"answers another question ({answer.kind}, model {clip(answer.model)})"
     # Not a secret between these two, so plain comparison: a wrong nonce only loses the sender its own answer.
-    if answer.nonce != asked.nonce_for(answer.site):
+    nonces = (asked.nonce, *former)
+    if answer.nonce not in (nonce_for(nonce, answer.site) for nonce in nonces):
         return "does not carry the nonce that this site was given"
     return ""
 
@@ -64,6 +65,7 @@ class Gate:
 
     max_weight: the most that one site may count. mechanism: of the study's privacy; where updates are clipped as a
     whole, a longer one is left out: noise was not measured for it.
+    former: nonces of the cohort under which the same was asked before an interruption; answers to them count, too.
     norms: whether norms are asked for (`Reducer.norms`); else they are only bounded, which costs a fourth.
     """
 
@@ -72,6 +74,7 @@ class Gate:
     max_weight: float
     mechanism: Mechanism | None = None
     norms: bool = True
+    former: tuple[str, ...] = ()
 
     @cached_property
     def _wanted(self) -> dict[str, Segment]:
@@ -90,7 +93,7 @@ class Gate:
 
     def misaddressed(self, answer: Answer) -> str:
         """As the function of that name."""
-        return misaddressed(self.instruction, answer)
+        return misaddressed(self.instruction, answer, self.former)
 
     def content(self, answer: Answer) -> Admitted | str:
         """The verdict on what `answer` holds, once it is known to answer this instruction."""

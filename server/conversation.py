@@ -53,7 +53,10 @@ class Exchange(Protocol):
         content: int | None,
         largest: int,
         key: DataKey | None = None,
+        asked: dict[str, Any] | None = None,
     ) -> dict[str, str]: ...
+    def interrupted(self, run: str) -> dict[str, Any] | None: ...
+    def forget(self, run: str) -> None: ...
     def answers(self, run: str, seconds: float) -> Received | None: ...
     def withdraw(self, run: str) -> None: ...
     def close(self, run: str) -> None: ...
@@ -103,6 +106,7 @@ class Conversation:
             "load": self._load,
             "commit": self._commit,
             "sites": self._sites,
+            "interrupted": self._interrupted,
             "ask": self._ask,
             "answers": self._answers,
             "wait": self._wait,
@@ -167,6 +171,7 @@ class Conversation:
         if any(not isinstance(e, dict) or e.get("kind") not in ("round", "evaluation") for e in events):
             raise self._wrong("reports what is neither round nor evaluation")
         self._archive.commit(self._run, *at, files[0], sha256, events)
+        self._exchange.forget(self._run)
         self.commits += 1
         for event in events:
             if event["kind"] == "round":
@@ -242,6 +247,13 @@ class Conversation:
         self._offered.update(sites)
         return {"sites": sites}, None
 
+    def _interrupted(self, _: dict[str, Any], __: list[int]) -> Reply:
+        """What the process before asked; its sites may be asked the same again, at hand or not."""
+        asked = self._exchange.interrupted(self._run)
+        if asked is not None:
+            self._offered.update(str(site) for site in asked["cohort"]["sites"])
+        return {"asked": asked}, None
+
     def _ask(self, document: dict[str, Any], files: list[int]) -> Reply:
         """Have the instructions signed and offered, if each is one that this run may send now."""
         headers = {}
@@ -249,7 +261,11 @@ class Conversation:
             headers[site] = str(text).encode()
             self._check(site, headers[site])
         key = self._archive.key_of(self._run)
-        refused = self._exchange.ask(self._run, headers, files[0] if files else None, self._largest, key)
+        asked = document.get("asked")
+        if asked is not None and not isinstance(asked, dict):
+            raise self._wrong("describes what it asks by something else than a table")
+        content = files[0] if files else None
+        refused = self._exchange.ask(self._run, headers, content, self._largest, key, asked)
         self._answered = set()
         return {"refused": refused}, None
 

@@ -25,6 +25,7 @@ from consortium.protocol.messages import Ask, Instruction, Payload
 from consortium.server import tally
 from consortium.server.admission import Gate
 from consortium.server.clients import Clients
+from consortium.server.interrupted import Asked, Begins
 from consortium.server.noise import noised
 from consortium.server.records import Commits, Evaluation, Outcome, Plan, Round, RunState, followed
 from consortium.server.standing import Cohort, Standings, aside, standings
@@ -55,6 +56,8 @@ def run(
     report: Report = lambda _: None,
     rest: Rest = lambda _: None,
     name: Name = lambda model: digest_of([model]),
+    interrupted: Asked | None = None,
+    begins: Begins = lambda _: None,
 ) -> Outcome:
     """Run a study to its end, from where it was last committed.
 
@@ -64,19 +67,22 @@ def run(
     report: called with each round, void ones too, and each evaluation, once it is committed.
     rest: waits so many seconds, between two attempts at a round; live, it is `time.sleep`.
     name: the digest of a model; live, it is remembered for the instruction that carries the model.
+    interrupted: what was asked last, before this process; where nothing was committed since, the same is asked again of
+        the same sites, and answers that came before count.
+    begins: told what is asked, before it is.
     """
     draws = draws or Stream.system()
-    exchange = partial(_exchange, plan, clients, clock)
+    exchange = partial(_exchange, plan, clients, clock, begins)
     state = commits.load() or _begin(plan, name)
     known = standings(state.rounds, plan.failures)
     while state.round < plan.study.rounds:
         before, started = state, clock()
+        kind: Ask = "query" if _asks_statistics(plan, state) else "train"
         cohort = _select(plan, clients, state, known, rng)  #              select
-        if _asks_statistics(plan, state):
-            ballot = exchange(state, "query", cohort)
+        ballot = exchange(state, kind, *_resumed(interrupted, state, kind, cohort))  # ask, admit
+        if kind == "query":
             state = _prepared(plan, state, ballot, started, clock)
         else:
-            ballot = exchange(state, "train", cohort)  #                   ask, admit
             state = _trained(plan, clients, state, ballot, started, clock, draws, name)  # reduce, noise, step
         del ballot  # the updates in it take up a disk
         state = commits.commit(state)  #                                   commit
@@ -88,7 +94,8 @@ def run(
         before = state
         sites = clients.sites()
         resting = aside(known, sites, plan.study.cohort.min_sites)
-        ballot = exchange(state, "evaluate", Cohort([site for site in sites if site not in resting]))
+        cohort = Cohort([site for site in sites if site not in resting])
+        ballot = exchange(state, "evaluate", *_resumed(interrupted, state, "evaluate", cohort))
         state = _judged(plan, state, ballot)
         state = commits.commit(state)
         _tell(report, before, state)
@@ -142,8 +149,24 @@ def _missing(clients: Clients, state: RunState) -> tuple[str, ...]:
     return tuple(sorted({*state.rounds[-1].left_out, *(state.counted.keys() - set(clients.sites()))}))
 
 
+def _resumed(
+    interrupted: Asked | None, state: RunState, kind: Ask, cohort: Cohort
+) -> tuple[Cohort, tuple[str, ...]]:
+    """Whom to ask: `cohort`, or those of the exchange that was interrupted, and under which nonces they were asked."""
+    if interrupted is None or not interrupted.is_of(state, kind):
+        return cohort, ()
+    return interrupted.cohort, interrupted.nonces
+
+
 def _exchange(
-    plan: Plan, clients: Clients, clock: Clock, state: RunState, kind: Ask, cohort: Cohort
+    plan: Plan,
+    clients: Clients,
+    clock: Clock,
+    begins: Begins,
+    state: RunState,
+    kind: Ask,
+    cohort: Cohort,
+    former: tuple[str, ...],
 ) -> Ballot:
     """Ask the cohort, and count what comes back until the deadline."""
     deadline = clock() + plan.study.cohort.deadline
@@ -167,9 +190,12 @@ def _exchange(
         plan.study.cohort.max_weight,
         plan.mechanism,
         norms=plan.strategy.reducer.norms,
+        former=former,
     )
     count = tally.Count(cohort.sites, gate, cohort.enough)
     if cohort.sites:
+        about = instruction.round, instruction.attempt, kind, instruction.model
+        begins(Asked(*about, cohort, (*former, instruction.nonce)))
         clients.ask(cohort.sites, instruction)
         for item in clients.answers(deadline):
             count.add(item)

@@ -2,8 +2,8 @@
 
 A run asks its cohort (`ask`), each site's poll takes the offer that is meant for it (`offer`), and its answer is
 spooled to a file and handed to the run (`taken`, `answers`). An offer stays until it is answered, the run asks anew or
-ends, so a connection that breaks, or a site that starts anew, costs nothing but time. All of it is in memory: after a
-restart of the server a run asks again.
+ends, so a connection that breaks, or a site that starts anew, costs nothing but time. All of it is in memory; what was
+asked, and the answers, are kept beside (`server/kept_answers.py`), and an interrupted run goes on with them.
 
 What a site did not answer before the round was closed is remembered for a while, so that its answer, when it comes, is
 known to be late: it is noted and never counted, and the site is told.
@@ -24,9 +24,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from consortium.protocol.messages import Header, parse
 from consortium.protocol.sealed import DataKey
+from consortium.server.kept_answers import KeptAnswers
 from consortium.server.offers import Closed, Offer, Received, Spooled
 
 GRACE = 10.0
@@ -37,13 +39,15 @@ MOST_CLOSED = 4096
 
 @dataclass
 class _Asked:
-    """What one run asks at the moment. waiting: offers by site. answered: digests of headers by nonce."""
+    """What one run asks at the moment. waiting: offers by site. answered: digests of headers by nonce.
+    kept: whether answers are kept until they are committed."""
 
     waiting: dict[str, Offer]
     answered: dict[str, str] = field(default_factory=dict)
     came: queue.SimpleQueue[Received | None] = field(default_factory=queue.SimpleQueue)
     handed: int = 0
     total: int = 0
+    kept: bool = False
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Exchange:
     sign: gives the signature of an instruction's header. spool: a folder on the disk that answers are written to.
     member: whether a site belongs to the federation now. members: the names of all that do. asked: is told
     what a run is about to ask, and raises where that may not be.
+    kept: where answers are kept until they are committed; without it, none are.
     """
 
     def __init__(
@@ -81,8 +86,9 @@ class Exchange:
         clock: Callable[[], float] = time.time,
         members: Callable[[], Iterable[str]] = tuple,
         asked: Callable[[str, Sequence[Offer]], None] = lambda run, offers: None,
+        kept: KeptAnswers | None = None,
     ) -> None:
-        self._members, self._note_asked = members, asked
+        self._members, self._note_asked, self._kept = members, asked, kept
         self._sign, self.spool, self._member, self._clock = sign, spool, member, clock
         self._lock = threading.RLock()
         self._moved = threading.Condition(self._lock)
@@ -151,20 +157,34 @@ class Exchange:
         with self._lock:
             for asked in self._asked.values():
                 if nonce in asked.answered:
-                    return asked.answered[nonce] == hashlib.sha256(header).hexdigest()
+                    return asked.answered[nonce] == _digest(header)
             return None
 
-    def taken(self, offer: Offer, received: Received) -> bool:
-        """Hand an answer, or the reason why it is none, to the run; False where the offer is not open any more."""
+    def taken(self, offer: Offer, received: Received, signature: bytes = b"") -> bool:
+        """Hand an answer, or the reason why it is none, to the run; False where the offer is not open any more.
+
+        signature: of an answer, which is kept with it.
+
+        Raises:
+            ConsortiumError: it cannot be kept: the disk is full, and the like. It may be sent again.
+        """
+        if self._kept is not None and not received.reason and self._keeps(offer):
+            self._kept.keep(offer, signature, received)  # not under the lock: it may be long
         with self._lock:
             asked = self._asked.get(offer.run)
             if asked is None or asked.waiting.get(offer.site) is not offer:
                 return False
             del asked.waiting[offer.site]
-            asked.answered[offer.nonce] = hashlib.sha256(received.header).hexdigest()
+            asked.answered[offer.nonce] = _digest(received.header)
             self._sites.setdefault(offer.site, _Presence()).last = time.monotonic()
             asked.came.put(received)
             return True
+
+    def _keeps(self, offer: Offer) -> bool:
+        """Whether an answer to the offer is to be kept: it is open, and its run can be interrupted."""
+        with self._lock:
+            asked = self._asked.get(offer.run)
+            return asked is not None and asked.kept and asked.waiting.get(offer.site) is offer
 
     def late(self, site: str, nonce: str) -> tuple[Closed, bool] | None:
         """The closed offer of that nonce to that site, and whether this is the first answer to it; None for no such."""
@@ -221,11 +241,14 @@ class Exchange:
         content: int | None,
         largest: int,
         key: DataKey | None = None,
+        asked: dict[str, Any] | None = None,
     ) -> dict[str, str]:
-        """Sign and offer each site its instruction; what the run asked before is withdrawn.
+        """Sign and offer each site its instruction; what the run asked before is withdrawn. A site whose answer to the
+        same is kept is not asked: that answer is handed on.
 
         headers: of `messages.encode(instruction.to(site))`, by site. content: the descriptor of a file that all of them
         share; it is duplicated. key: what that file is encrypted under. largest: bytes of an answer's content.
+        asked: what `interrupted` gives, where the run is interrupted.
 
         Returns reasons by site of those that cannot be asked.
         """
@@ -239,11 +262,19 @@ class Exchange:
             nonce = str(about.fields["nonce"])
             signature = self._sign(header)
             offers[site] = Offer(run, site, nonce, header, signature, shared, about.length, largest)
-        self._note_asked(run, list(offers.values()))
+        before: dict[str, Received] = {}
+        if self._kept is not None and asked is not None:
+            before = self._kept.answers(run, {site: one.header for site, one in offers.items()}, largest)
+            self._kept.begin(run, asked)
+        self._note_asked(run, [one for site, one in offers.items() if site not in before])
         with self._lock:
             self.withdraw(run)
-            self._asked[run] = _Asked(dict(offers), total=len(offers))
-            for site in offers:
+            waiting = {site: one for site, one in offers.items() if site not in before}
+            now = self._asked[run] = _Asked(waiting, total=len(offers), kept=asked is not None)
+            for received in before.values():
+                now.answered[str(parse(received.header).fields["nonce"])] = _digest(received.header)
+                now.came.put(received)
+            for site in waiting:
                 self._wake(site)
         return refused
 
@@ -266,6 +297,20 @@ class Exchange:
         """Whether something is asked in that name now."""
         with self._lock:
             return run in self._asked
+
+    def interrupted(self, run: str) -> dict[str, Any] | None:
+        """What the run asked last, where that is not over."""
+        return self._kept.asked(run) if self._kept is not None else None
+
+    def sweep(self, runs: set[str]) -> None:
+        """Of all other runs than these nothing is kept any more."""
+        if self._kept is not None:
+            self._kept.sweep(runs)
+
+    def forget(self, run: str) -> None:
+        """What the run asked, and was answered, is over."""
+        if self._kept is not None:
+            self._kept.forget(run)
 
     def close(self, run: str) -> None:
         """What a run asked and was not answered is late from now on."""
@@ -306,6 +351,10 @@ class Exchange:
         one = self._sites.get(site)
         for wake in one.wakes if one is not None else ():
             os.eventfd_write(wake, 1)
+
+
+def _digest(header: bytes) -> str:
+    return hashlib.sha256(header).hexdigest()
 
 
 def _how(one: _Presence | None) -> str:

@@ -7,7 +7,8 @@ Models travel as open files, never through the socket; what the process writes i
     load {}                                       -> {sha256} + file, or {} where nothing is committed
     commit {round, attempt, sha256, events} + file -> {}, once it is durable
     sites {}                                      -> {sites}
-    ask {headers by site} + file or none          -> {refused: reasons by site}
+    interrupted {}                                -> {asked}: what was asked last, or null
+    ask {headers by site, asked} + file or none   -> {refused: reasons by site}
     answers {seconds}                             -> {site, header} + file or none, {site, reason}, or {}: no more
     wait {sites}                                  -> {more}
     seal {manifest, lineage}                      -> {signature}: of the exported model's manifest, or null
@@ -48,6 +49,7 @@ from consortium.protocol.sealed import DataKey, is_sealed, sealing
 from consortium.server import checkpoint
 from consortium.server.checkpoint import Begun
 from consortium.server.clients import Block
+from consortium.server.interrupted import Asked
 from consortium.server.records import Evaluation, Round, RunState
 from consortium.server.results import document
 
@@ -203,10 +205,20 @@ class LinkClients:
         self._link, self._commits, self._spool, self._clock = link, commits, spool, clock
         self._refused: dict[str, str] = {}
         self._open = 0
+        self._begun: Asked | None = None
         self._asked = (0.0, 0.0)  # by the clock, and by one that nobody sets
 
     def sites(self) -> Sequence[str]:
         return [str(site) for site in self._link.call("sites")["sites"]]
+
+    def interrupted(self) -> Asked | None:
+        """What the run asked last and did not commit, as far as it was kept."""
+        found = self._link.call("interrupted")["asked"]
+        return Asked.parse(found) if found is not None else None
+
+    def begins(self, asked: Asked) -> None:
+        """Said with the next `ask`."""
+        self._begun = asked
 
     def ask(self, sites: Sequence[str], instruction: Instruction) -> None:
         parts = contents(instruction)
@@ -215,7 +227,8 @@ class LinkClients:
         headers = {site: header_of(instruction.to(site), about, sha256).decode() for site in sites}
         del parts
         try:
-            reply = self._link.call("ask", [] if file is None else [file], headers=headers)
+            asked = self._begun.document() if self._begun is not None else None
+            reply = self._link.call("ask", [] if file is None else [file], headers=headers, asked=asked)
         finally:
             if file is not None:
                 os.close(file)

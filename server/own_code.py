@@ -29,7 +29,7 @@ from consortium.protocol.sandbox import MAX_DISK, missing
 from consortium.protocol.watching import FORBIDDEN, LOOK_EVERY, beyond, plain, pump
 from consortium.server.link import Link
 
-CARRIED = ("load", "sites", "ask", "answers", "commit", "wait")
+CARRIED = ("load", "sites", "interrupted", "ask", "answers", "commit", "wait")
 MOST_SAID = 8 << 20
 """Bytes of one call."""
 LONGEST_REASON = 2000

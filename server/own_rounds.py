@@ -65,13 +65,16 @@ def _rounds(link: Link) -> str:
     study = Study.parse(str(first["study"]), source="the run's study", folder=folder / CODE)
     plan = kept_plan(study, strategy_of(study), first, folder, begun)
     keep_freed_memory()
+    clients = LinkClients(link, commits, scratch, time.time)
     run(  # with one thread, as the environment says: more would change the bits of a sum of products
         plan,
-        LinkClients(link, commits, scratch, time.time),
+        clients,
         commits,
         clock=time.time,
         rng=random.SystemRandom(),
         rest=time.sleep,
         name=commits.name,
+        interrupted=clients.interrupted(),
+        begins=clients.begins,
     )
     return ""

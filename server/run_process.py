@@ -93,15 +93,18 @@ def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
         outcome = _confined(link, plan, commits, first, folder, tell)
     else:
         with threadpool_limits(1, user_api="blas"):  # more threads would change the bits of a sum of products
+            clients = LinkClients(link, commits, Path(first["spool"]), time.time)
             outcome = run(
                 plan,
-                LinkClients(link, commits, Path(first["spool"]), time.time),
+                clients,
                 commits,
                 clock=time.time,
                 rng=random.SystemRandom(),
                 report=lambda one: tell(results.document(one)),
                 rest=time.sleep,
                 name=commits.name,
+                interrupted=clients.interrupted(),
+                begins=clients.begins,
             )
     give_freed_memory_back()  # what follows needs other memory, and is done once
     (folder / INITIAL).unlink(missing_ok=True)

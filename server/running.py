@@ -300,4 +300,5 @@ class Running:
             if not self._ended:
                 self._archive.move(self._name, state, why)
                 self._ended = True
+        self._exchange.forget(self._name)
         self._exchange.rouse()

@@ -63,6 +63,7 @@ class Runs:
 
     def take_up(self) -> None:
         """Continue every run that has not ended."""
+        self._exchange.sweep({run.name for run in self._archive.runs() if run.state not in OVER})
         for run in reversed(self._archive.runs()):
             if run.state not in OVER:
                 _log.info("run %s: is taken up again", run.name)

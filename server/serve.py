@@ -33,6 +33,7 @@ from consortium.server.enrolment import Enrolment
 from consortium.server.exchange import Exchange
 from consortium.server.federation import CHECKPOINTS, CONFIG, Federation
 from consortium.server.gating import MARGIN, Gates
+from consortium.server.kept_answers import KeptAnswers
 from consortium.server.listener import Caps, Listener
 from consortium.server.roster import Roster
 from consortium.server.runs import Runs
@@ -66,7 +67,12 @@ class Server:
         spool = folder / "spool"
         spool.mkdir(mode=0o700, exist_ok=True)
         self.exchange = Exchange(
-            self._sign, spool, self.roster.is_member, members=self.roster.joined, asked=self.audit.asked
+            self._sign,
+            spool,
+            self.roster.is_member,
+            members=self.roster.joined,
+            asked=self.audit.asked,
+            kept=KeptAnswers(spool, self.archive.key_of, self.roster.identity),
         )
         name = federation.config.name
         self.approvals = Approvals(self.store, self.roster, name, note=self.note)

@@ -159,7 +159,7 @@ class SiteDoor:
             _log.warning("site %s: its answer is refused: %s", site, error)
             self._exchange.taken(offer, Received(site, header, reason=str(error)))
             return error_response(400, str(error))
-        if not self._exchange.taken(offer, Received(site, header, content)):
+        if not self._exchange.taken(offer, Received(site, header, content), signature):
             return self._late(site, nonce, header, signature)
         return json_response({"taken": True})
 

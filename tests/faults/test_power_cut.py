@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from power_cut import VARIANTS, Disk, How, PowerCut
 from scripted import Script, Scripted, honest
 
@@ -22,10 +23,14 @@ from consortium.protocol.errors import ConsortiumError
 from consortium.protocol.files import private_folder, write_private
 from consortium.protocol.layout import Array, Segment
 from consortium.protocol.messages import Answer, Instruction, Payload, encode
+from consortium.protocol.sealed import DataKey
+from consortium.protocol.signing import ANSWER, raw, sign
 from consortium.server import checkpoint
 from consortium.server.archive import Archive
 from consortium.server.coordinator import run
+from consortium.server.kept_answers import KeptAnswers
 from consortium.server.link import nameless
+from consortium.server.offers import Offer, Received, Spooled
 from consortium.server.records import Outcome, Plan, RunState
 from consortium.server.store import Store
 from consortium.strategies.named import fedadam
@@ -281,6 +286,68 @@ def test_a_private_file_is_replaced_or_not(
         for variant in VARIANTS:
             found = look(disk.after(variant, tmp_path / f"{at}-{variant}"))
             assert found == after if over else found in (before, after)
+        if over and len(disk.log) <= at:
+            return
+    pytest.fail("this has more operations than are tried")
+
+
+# Answers on their way
+
+ONE = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+SECRET = DataKey(bytes(range(32)))
+
+
+def kept_answers(folder: Path) -> KeptAnswers:
+    return KeptAnswers(folder, SECRET.of, lambda _: raw(ONE.public_key()).hex())
+
+
+def asking(round: int) -> bytes:
+    return encode(instruction(round))[0]
+
+
+def answered(folder: Path, round: int) -> bytes:
+    """Keep what was asked, and an answer to it, as the site door does; its content."""
+    update = np.full(3, round, np.float32)
+    answer = Answer.to_instruction(instruction(round), weight=1.0, payload=Payload({"shared": update}))
+    header, views = encode(answer)
+    content = Spooled.new(folder)
+    os.write(content.fd, b"".join(views))
+    spool, offer = kept_answers(folder), Offer(RUN, "a", f"n{round}", asking(round), b"", None, 0, 10_000)
+    spool.begin(RUN, {"round": round})
+    spool.keep(offer, sign(ONE, ANSWER, header), Received("a", header, content))
+    return update.tobytes()
+
+
+@pytest.mark.parametrize("how", ["fails", "torn", "cut"])
+def test_an_answer_that_came_counts_whole_or_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: How
+) -> None:
+    """What is found of a question and of an answer is that of now, or of before, or nothing, and counts as an answer
+    to its own question alone, byte for byte."""
+    for at in range(40):
+        folder = private_folder(tmp_path / f"{at}")
+        before = answered(folder, 1)
+        disk, over = Disk(folder, at, how), False
+        with disk.recording(monkeypatch):
+            try:
+                answered(folder, 2)
+                over = True
+            except ConsortiumError:
+                assert how == "fails"
+            except PowerCut:
+                pass
+        for variant in VARIANTS:
+            left = disk.after(variant, tmp_path / f"{at}-{variant}")
+            asked = kept_answers(left).asked(RUN)
+            assert asked in (None, {"round": 1}, {"round": 2})
+            for round, right in ((2, np.full(3, 2, np.float32).tobytes()), (1, before)):
+                found = kept_answers(left).answers(RUN, {"a": asking(round)}, 10_000)
+                if round == 2 and over and variant == "most":
+                    assert asked == {"round": 2}
+                    assert found
+                if found:
+                    assert found["a"].content is not None
+                    assert b"".join(map(bytes, found["a"].content.pieces(len(right)))) == right
         if over and len(disk.log) <= at:
             return
     pytest.fail("this has more operations than are tried")

@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from breast_cancer import study_text, table
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from consortium.client.site import Site, open_site, start
 from consortium.client.store import Kept
 from consortium.client.task import Source, task_of
 from consortium.protocol.messages import Answer, Instruction, decode, encode
 from consortium.protocol.sealed import DataKey
+from consortium.protocol.signing import ANSWER, raw, sign
 from consortium.protocol.study import Study
 from consortium.server import plans
 from consortium.server.archive import Archive
 from consortium.server.exchange import Exchange
+from consortium.server.kept_answers import KeptAnswers
 from consortium.server.offers import Offer, Received, Spooled
 from consortium.server.runs import Runs
 from consortium.server.store import Store
@@ -34,6 +37,8 @@ from consortium.strategies.chosen import strategy_of
 FEATURES = 4
 NAMES = ("a", "b", "c")
 Hook = Callable[[Instruction], None]
+IDENTITY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+"""Of all sites."""
 
 
 def study_of(**sections: Mapping[str, Any]) -> Study:
@@ -115,7 +120,8 @@ class Sites:
                 site.memory = kept.memory
                 answer = site.answer(instruction)
             kept = Kept(site.memory, answer)
-        self.exchange.taken(offer, received(self.exchange.spool, answer))
+        one = received(self.exchange.spool, answer)
+        self.exchange.taken(offer, one, sign(IDENTITY, ANSWER, one.header))
         self.after(instruction)
         return kept
 
@@ -141,7 +147,9 @@ class World:
         self.store = Store(self.folder / "consortium.db")
         self.archive = Archive(self.store, self.folder / "checkpoints", key=DataKey(bytes(range(32))))
         (self.folder / "spool").mkdir(exist_ok=True)
-        self.exchange = Exchange(lambda header: b"s" * 64, self.folder / "spool", lambda site: True)
+        spool = self.folder / "spool"
+        kept = KeptAnswers(spool, self.archive.key_of, lambda site: raw(IDENTITY.public_key()).hex())
+        self.exchange = Exchange(lambda header: b"s" * 64, spool, lambda site: True, kept=kept)
         self.runs = Runs(self.archive, self.exchange, self.folder, "fed", self.command)
         self.sites = Sites(self.exchange, self.study)
 
