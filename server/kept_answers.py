@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from consortium.protocol.errors import ConsortiumError, IntegrityError
-from consortium.protocol.files import MEMORY, write_all
+from consortium.protocol.files import MEMORY, write_early
 from consortium.protocol.messages import Header, parse
 from consortium.protocol.sealed import DataKey, Piece, Sealed, read, sealing
 from consortium.protocol.signing import ANSWER, SIGNATURE_BYTES, public_key, verify
@@ -146,10 +146,10 @@ class KeptAnswers:
                 raise IntegrityError("its content is not as long as its header says")
             if not about.length:
                 return Received(site, header)
-            content, sha = Spooled.new(self._folder, about.length), hashlib.sha256()
+            content, sha, place = Spooled.new(self._folder, about.length), hashlib.sha256(), 0
             for piece in sealed.pieces(after):
                 sha.update(piece)
-                write_all(content.fd, piece)
+                place = write_early(content.fd, [piece], place)
             if sha.hexdigest() != about.sha256:
                 raise IntegrityError("its content's SHA-256 is not what its header says")
             return Received(site, header, content)
@@ -166,8 +166,7 @@ class KeptAnswers:
         try:
             fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                for piece in sealing(pieces, self._key_of(run)):
-                    write_all(fd, piece)
+                write_early(fd, sealing(pieces, self._key_of(run)))
             finally:
                 os.close(fd)
             os.replace(partial, path)  # noqa: PTH105 - as the tests of power cuts see it
