@@ -43,6 +43,9 @@ def simulate(
         list[str] | None, typer.Option(metavar="SITE", help="A site to leave out; may be repeated.")
     ] = None,
     baselines: Annotated[bool, typer.Option(help="Train each site alone and all rows together too.")] = True,
+    attacks: Annotated[
+        bool, typer.Option("--attacks", help="Attack each model and its updates, and report what they show.")
+    ] = False,
     processes: Annotated[
         int | None, typer.Option(help="Processes (one a core); the result is the same.")
     ] = None,
@@ -63,7 +66,7 @@ def simulate(
 
     consortium simulate study.toml --data all.csv --partition dirichlet:0.5 --compare fedavg,fedprox --seeds 5
 
-    consortium simulate study.toml --data all.csv --epsilon 0.5,1,2,4,8,inf --seeds 5
+    consortium simulate study.toml --data all.csv --epsilon 0.5,1,2,4,8,inf --seeds 5 --attacks
     """
     files = _files(data or [], more or [], compare)
     faults = [parse_fault(spec) for spec in fault or []]
@@ -74,7 +77,7 @@ def simulate(
         _simulate(
             loaded, files, sites=sites, partition=partition, compare=compare, epsilon=epsilon, seeds=seeds,
             rounds=rounds, faults=faults, specs=fault or [], without=without or [], baselines=baselines,
-            processes=processes, out=out, as_json=as_json,
+            attacks=attacks, processes=processes, out=out, as_json=as_json,
         )  # fmt: skip
 
 
@@ -92,6 +95,7 @@ def _simulate(
     specs: list[str],
     without: list[str],
     baselines: bool,
+    attacks: bool,
     processes: int | None,
     out: Path | None,
     as_json: bool,
@@ -114,7 +118,7 @@ def _simulate(
             with progress.progress(loaded.name) as watch:
                 done = experiment.experiment(
                     loaded, found, compare=names, epsilons=levels, seeds=seeds, processes=processes, faults=faults,
-                    baselines=baselines, watch=watch,
+                    baselines=baselines, attacks=attacks, watch=watch,
                 )  # fmt: skip
         except BaseException:
             with contextlib.suppress(OSError):
@@ -125,6 +129,7 @@ def _simulate(
     options += [f"--epsilon={epsilon}"] * bool(levels)
     options += [f"--without={site}" for site in without]
     options += [f"--fault={spec}" for spec in specs] + ["--no-baselines"] * (not baselines)
+    options += ["--attacks"] * attacks
     try:
         page = report.write(done, folder, report.Origin(options, files))
     except Exception:
@@ -198,7 +203,7 @@ def _default(study: Study) -> Path:
 
 def _print(done: Experiment, page: Path | None, as_json: bool) -> None:
     """The outcome. page: None where it could not be written."""
-    from consortium.simulations import report, table
+    from consortium.simulations import attacked, report, table
 
     if as_json:
         where = {"out": page and str(page.parent), "report": page and str(page)}
@@ -215,6 +220,8 @@ def _print(done: Experiment, page: Path | None, as_json: bool) -> None:
         typer.echo(table.text(table.rows(done)) or table.nothing(done))
         judged = table.judged(done)
         typer.echo(f"\n{judged}" if judged else "")
+        for line in attacked.lines(done):
+            typer.echo(line)
         typer.echo(f"{done.seconds:.1f} s" + (f"; report: {page}" if page else ""))
     for trial in done.trials:
         if trial.result.status != "finished":

@@ -18,6 +18,7 @@ from consortium.protocol.vocabulary import check_strategy
 from consortium.server.records import Evaluation, Round
 from consortium.simulations import baselines as base
 from consortium.simulations import own_code
+from consortium.simulations.attacks import Attacked, States, attack
 from consortium.simulations.baselines import Baselines
 from consortium.simulations.faults import Fault
 from consortium.simulations.host import one_thread
@@ -38,6 +39,7 @@ class Trial:
     metrics: of the selected model on the union of the holdouts; empty where there is none or its outputs are not
         finite. judged: "union", in one place, AUROC exact; "sites", by the sites' counts, where the model has layers
         that stay at the sites.
+    attacked: what attacks on it came to, where that was asked for.
     """
 
     strategy: str
@@ -46,6 +48,7 @@ class Trial:
     metrics: Mapping[str, float]
     judged: Judged = "union"
     level: Level | None = None
+    attacked: Attacked | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ def experiment(
     processes: int | None = None,
     faults: Sequence[Fault] = (),
     baselines: bool = True,
+    attacks: bool = False,
     watch: Watch = lambda _: None,
 ) -> Experiment:
     """Run each strategy with each seed, and the baselines with each seed.
@@ -188,6 +192,7 @@ def experiment(
     compare: names of strategies; none for the study's own. epsilons: levels of privacy, in place of the study's.
     seeds: how many, counting up from the study's.
     baselines: whether sites alone and all rows together are trained too.
+    attacks: whether each model and its updates are attacked too (`simulations/attacks.py`).
     watch: called as it goes.
 
     Ctrl-C after the first trial ends it with the trials that are done.
@@ -218,7 +223,7 @@ def experiment(
             for seed in numbers:
                 for label, one, level in studies:
                     where = rooms[one.privacy.mechanism == "none"]
-                    made = _trial(label, one, seed, sites, where, processes, faults, counter)
+                    made = _trial(label, one, seed, sites, where, processes, faults, counter, attacks)
                     trials.append(replace(made, level=level))
                 if baselines:
                     references.append(_baselines(room, seed, counter))
@@ -239,6 +244,27 @@ def _trial(
     processes: int | None,
     faults: Sequence[Fault],
     counter: _Counter,
+    attacks: bool,
+) -> Trial:
+    states = States()
+    made = _made(name, study, seed, sites, room, processes, faults, counter, states if attacks else None)
+    if not attacks or made.result.status == "failed":
+        return made
+    counter.tell(f"{name}, seed {seed}", "attacking the model and its updates", advance=False)
+    study = study.with_(study={"seed": seed})
+    return replace(made, attacked=attack(study, sites.sources, states, made.result.outcome.model))
+
+
+def _made(
+    name: str,
+    study: Study,
+    seed: int,
+    sites: Sites,
+    room: base.OneRoom,
+    processes: int | None,
+    faults: Sequence[Fault],
+    counter: _Counter,
+    commits: States | None,
 ) -> Trial:
     result = simulate(
         study,
@@ -247,6 +273,7 @@ def _trial(
         processes=processes,
         faults=faults,
         report=lambda item: _tell(counter, name, study, seed, item),
+        commits=commits,
     )
     if result.status != "finished":
         counter.tell(

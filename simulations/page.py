@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from consortium.simulations import table
+from consortium.simulations import attacked, table
 from consortium.simulations.experiment import Experiment
 
 _STYLE = """
@@ -41,6 +41,7 @@ def render(experiment: Experiment, facts: Mapping[str, Any], drawn: Mapping[str,
             *_notes(experiment),
             *_results(experiment),
             *_images(experiment, drawn),
+            *_attacks(experiment),
             *_sites(experiment),
             *_left_out(facts),
             *_again(experiment, facts),
@@ -101,6 +102,34 @@ def _results(experiment: Experiment) -> Iterable[str]:
     )
     local = " Local-only is the mean over the sites' own models." if experiment.baselines else ""
     yield f'<p class="small">{interval}{local} {escape(table.judged(experiment))}</p>'
+
+
+def _attacks(experiment: Experiment) -> Iterable[str]:
+    found = attacked.document(experiment)
+    if not found:
+        return
+    yield "<h2>Attacks</h2>"
+    first = next(iter(found.values()))
+    ways, errors = (
+        list(first["true_positives"]),
+        sorted({way for one in found.values() for way in one["errors"]}),
+    )
+    head = [
+        "",
+        *(f"rows found by {way}" for way in ways),
+        "promised at most",
+        *(f"row's error, {e}" for e in errors),
+    ]
+    rows = []
+    for name, one in found.items():
+        cells = [
+            *(one["true_positives"].get(way) for way in ways),
+            one["bound"],
+            *(one["errors"].get(e) for e in errors),
+        ]
+        rows.append([name, *map(attacked.shown, cells)])
+    yield _table(head, rows)
+    yield f'<p class="small">{escape(attacked.MEANING)}</p>'
 
 
 def _images(experiment: Experiment, drawn: Mapping[str, Path]) -> Iterable[str]:

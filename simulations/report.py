@@ -29,7 +29,7 @@ from typing import Any
 
 from consortium.protocol.code import files
 from consortium.protocol.errors import ConsortiumError, InputError
-from consortium.simulations import page, plots, table
+from consortium.simulations import attacked, page, plots, table
 from consortium.simulations.experiment import Experiment
 
 FORMAT = 1
@@ -178,6 +178,7 @@ def document(experiment: Experiment) -> dict[str, Any]:
         "judged": table.judged(experiment),
         "strategies": strategies,
         "baselines": {key: found[name] for key, name in kept.items() if name in found},
+        "attacks": attacked.document(experiment),
         "left_out": left_out(experiment),
         "seconds": round(experiment.seconds, 3),
     }

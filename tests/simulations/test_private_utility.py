@@ -161,7 +161,7 @@ def test_simulate_draws_accuracy_against_epsilon(tmp_path: Path) -> None:
     command += ["--no-baselines", "--processes", "0", "--json"]
     out = tmp_path / "results"
     done = subprocess.run(
-        [*command, "--epsilon", "4,inf", "--seeds", "2", "--out", str(out)],
+        [*command, "--epsilon", "4,inf", "--seeds", "2", "--attacks", "--out", str(out)],
         capture_output=True,
         text=True,
         check=False,
@@ -172,7 +172,14 @@ def test_simulate_draws_accuracy_against_epsilon(tmp_path: Path) -> None:
     wanted = {"record, epsilon 4", "person, epsilon 4", "site, epsilon 4", "no privacy"}
     assert wanted <= labels
     assert (out / "privacy.png").stat().st_size > 10_000
-    assert "against epsilon" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "against epsilon" in page
+    assert "<h2>Attacks</h2>" in page
+    assert said["attacks"].keys() == wanted
+    plain, private = said["attacks"]["no privacy"], said["attacks"]["record, epsilon 4"]
+    assert plain["errors"]["closed form"] < 1e-4  # a row is found exactly
+    assert private["errors"]["closed form"] > 0.5
+    assert (plain["bound"], private["bound"]) == (None, pytest.approx(0.546, rel=0.02))
     for wrong in ("0", "one", "1,1"):
         refused = subprocess.run([*command, "--epsilon", wrong], capture_output=True, text=True, check=False)
         assert refused.returncode == 2
