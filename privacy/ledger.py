@@ -59,7 +59,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Charge:
-    """One release of a data set. release: None for a run without a mechanism."""
+    """One release of a data set. release: None for a run without a mechanism. whole: of all rounds of the run, where
+    cohorts are drawn in secret: each round costs a site the same, whether or not it is in it."""
 
     data: str
     question: Question
@@ -67,6 +68,7 @@ class Charge:
     unit: Unit
     mechanism: str
     release: Release | None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class Ledger:
         same_run = [one for one in account.charges if one.question.run == charge.question.run]
         if charge.release is None and same_run:
             return False
-        if any(one.question.step == charge.question.step for one in same_run):
+        if any(one.question.step == charge.question.step or one.whole for one in same_run):
             return False
         self._spend(account, charge, rounds, at, most)
         return True
@@ -212,7 +214,7 @@ class Ledger:
         """
         account, step = self.accounts().get(charge.data, Account(charge.data)), charge.question.step
         before = account.left.get(step, frozenset())
-        if sha256 in before:
+        if sha256 in before or charge.whole:
             return False
         again = len(before) >= sum(one.question.step == step for one in account.charges)
         if again:
@@ -241,8 +243,7 @@ def _check(account: Account, charge: Charge, before: int, rounds: int) -> None:
         return
     if before >= rounds:
         raise RefusedError(
-            f"{OVER}: the study's own epsilon is for {rounds} releases, and this site has made them: rounds were "
-            "asked again"
+            f"{OVER}: the study's own epsilon is for {rounds} releases, and this site has made them"
         )
     if budget is None:
         return
@@ -274,9 +275,12 @@ def _check_study(account: Account, charge: Charge, most: Budget) -> None:
 
 
 def charge_of(data: str, question: Question, study: str, mechanism: Mechanism | None) -> Charge:
-    """What one round of a study charges."""
+    """What one round of a study charges; the first one charges all where cohorts are Poisson samples."""
     if mechanism is None:
         return Charge(data, question, study, "record", "none", None)
+    if mechanism.sampled:
+        release = mechanism.release(mechanism.rounds)
+        return Charge(data, question, study, mechanism.unit, mechanism.name, release, whole=True)
     return Charge(data, question, study, mechanism.unit, mechanism.name, mechanism.release())
 
 
@@ -321,6 +325,8 @@ def _body(charge: Charge) -> dict[str, Any]:
     }  # fmt: skip
     if release is not None:
         body |= {"noise_multiplier": release.noise_multiplier, "rate": release.rate, "count": release.count}
+    if charge.whole:
+        body["whole"] = True
     return body
 
 
@@ -330,4 +336,12 @@ def _charge(entry: Entry) -> Charge:
     if entry.kind == "charge":
         release = Release(body["noise_multiplier"], body["rate"], body["count"])
     question = Question(body["run"], body["round"], body["attempt"], body["model"])
-    return Charge(body["data"], question, body["study"], body["unit"], body["mechanism"], release)
+    return Charge(
+        body["data"],
+        question,
+        body["study"],
+        body["unit"],
+        body["mechanism"],
+        release,
+        body.get("whole", False),
+    )

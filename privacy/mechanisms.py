@@ -48,6 +48,7 @@ class Mechanism:
     noise_multiplier: of the noise on what is released, over that release's sensitivity.
     rate, steps, denominator: of dp-sgd: each unit is in a batch with probability `rate`; `steps` batches a round; sums
         are divided by `denominator`. All are the study's public numbers; nothing is read from the data's length.
+        central-gaussian with a Poisson cohort likewise: each site is in a round with probability `rate` below 1.
     quantile: of adaptive clipping: the share of sites whose update should stay unclipped. None: the bound is fixed.
     """
 
@@ -82,6 +83,11 @@ class Mechanism:
         return spent(
             [self.release(self.rounds if rounds is None else rounds)], self.delta, self.unit, self.relation
         )
+
+    @property
+    def sampled(self) -> bool:
+        """Whether cohorts are Poisson samples of the sites. Each round then costs each site the same, in it or not."""
+        return self.name == "central-gaussian" and self.rate < 1
 
     @property
     def local_deviation(self) -> float:
@@ -127,6 +133,9 @@ def mechanism_of(study: Study) -> Mechanism | None:
         training = study.training
         rate, denominator = asked.rate, float(training.batch_size)
         steps = training.local_steps or (training.local_epochs or 1) * max(1, round(1 / rate))
+    elif study.cohort.sampling_rate is not None:
+        assert study.cohort.size is not None
+        rate, denominator = study.cohort.sampling_rate, float(study.cohort.size)
     multiplier = calibrate(asked.epsilon, asked.delta, study.rounds * steps, rate)
     return Mechanism(
         name, asked.unit, asked.epsilon, asked.delta, asked.clip_norm, multiplier, study.rounds, rate, steps,
@@ -206,6 +215,16 @@ def noised_mean(
     """
     deviation = mechanism.update_multiplier(count) * bound * sensitivity
     return add_noise(mean, deviation, stream)
+
+
+def sampled_mean(mechanism: Mechanism, mean: Vector, count: int, bound: float, stream: Stream) -> Vector:
+    """central-gaussian with a Poisson cohort: the sum of `count` clipped updates over the study's denominator, noised.
+
+    mean: of the updates that came; of none, zeros. A site that is not in the cohort, or does not answer, is a zero in
+    the sum, so that neither the divisor nor the noise tells how many came.
+    """
+    whole = mean * mean.dtype.type(count / mechanism.denominator)
+    return add_noise(whole, mechanism.noise_multiplier * bound / mechanism.denominator, stream)
 
 
 def next_bound(mechanism: Mechanism, bound: float, within: float, count: int, stream: Stream) -> float:

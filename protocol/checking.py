@@ -169,7 +169,16 @@ def _check_training(training: Training) -> Iterator[Problem]:
 def _check_cohort(cohort: Cohort) -> Iterator[Problem]:
     if cohort.spare and cohort.size is None:
         yield Problem("cohort.spare", str(cohort.spare), "cohort.size beside it: how many answers are enough")
-    if cohort.size is not None and cohort.size < cohort.min_sites:
+    if cohort.sampling_rate is not None:
+        if cohort.size is None:
+            yield Problem(
+                "cohort.size", "nothing", "a number beside cohort.sampling_rate, by which sums are divided"
+            )
+        if cohort.spare:
+            yield Problem(
+                "cohort.spare", str(cohort.spare), "0 beside cohort.sampling_rate: no answer is in excess"
+            )
+    elif cohort.size is not None and cohort.size < cohort.min_sites:
         yield Problem("cohort.size", str(cohort.size), f"at least cohort.min_sites ({cohort.min_sites})")
 
 

@@ -103,9 +103,25 @@ def _scores(privacy: Privacy, evaluation: Evaluation) -> Iterator[Problem]:
         yield Problem("evaluation.auroc", "'exact'", right)
 
 
+def _sampled(privacy: Privacy, cohort: Cohort) -> Iterator[Problem]:
+    """A Poisson cohort is worth its trouble where it makes the noise at the server less, and there alone."""
+    if cohort.sampling_rate is None:
+        return
+    rate = f"{cohort.sampling_rate:g}"
+    if privacy.mechanism != "central-gaussian":
+        right = 'goes with mechanism = "central-gaussian" alone; with others use cohort.size, or leave it out'
+        yield Problem("cohort.sampling_rate", rate, right)
+    elif privacy.clip_quantile is not None:
+        right = (
+            "the bound adapts to those that answer, and a drawn cohort may be empty; leave one of them out"
+        )
+        yield Problem("privacy.clip_quantile", f"{privacy.clip_quantile:g}", right)
+
+
 CHECKS: dict[str, Any] = {
     "privacy": _alone,
     "privacy+training+cohort": _delta,
+    "privacy+cohort": _sampled,
     "privacy+strategy": _strategy,
     "privacy+data": _person,
     "privacy+evaluation": _scores,

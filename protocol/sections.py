@@ -171,11 +171,14 @@ class Cohort(Section):
     """[cohort]: who is asked, for how long, and how few answers still move the model.
 
     spare: sites that a live run asks beyond `size`; the first `size` valid answers count, and the others are left out.
+    sampling_rate: central-gaussian alone: each site is in a round with this probability, by itself (a Poisson sample),
+        and sums are divided by `size`, however many answer.
     """
 
     min_sites: Annotated[int, Field(ge=1)] = 2
     size: Annotated[int, Field(ge=1)] | None = None
     spare: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    sampling_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     deadline: Annotated[float, BeforeValidator(seconds), Field(gt=0, le=30 * 86400.0)] = 600.0
     max_weight: Annotated[float, Field(gt=0, le=1e15)] = 10_000.0
     approvals: Annotated[int, Field(ge=1)] = 1

@@ -145,6 +145,8 @@ class Study(BaseModel):
         about = {"format": FORMAT, **self.model_dump(mode="json")}
         if not self.evaluation.groups:
             del about["evaluation"]["groups"]  # studies of before there were groups keep their digest
+        if self.cohort.sampling_rate is None:
+            del about["cohort"]["sampling_rate"]  # the same
         return hashlib.sha256(canonical(about | ({"code": self._code} if self._code else {}))).hexdigest()
 
     def with_(self, **sections: Mapping[str, Any]) -> Study:

@@ -76,6 +76,8 @@ def run(
     state = commits.load() or _begin(plan, name)
     known = standings(state.rounds, plan.failures)
     while state.round < plan.study.rounds:
+        if not _enough(plan, clients, state):
+            break
         before, started = state, clock()
         kind: Ask = "query" if _asks_statistics(plan, state) else "train"
         cohort = _select(plan, clients, state, known, rng)  #              select
@@ -137,6 +139,18 @@ def _again(plan: Plan, clients: Clients, state: RunState, rest: Rest) -> bool:
     if state.attempt % ATTEMPTS == 0:
         return clients.wait(_missing(clients, state))
     rest(min(LONGEST_REST, 2.0 ** (state.attempt - 1)))
+    return True
+
+
+def _enough(plan: Plan, clients: Clients, state: RunState) -> bool:
+    """Where cohorts are Poisson samples: whether so many sites are at hand that a round is more than noise. No round is
+    void then for those that did not answer, as that would tell who was drawn."""
+    if not plan.sampled:
+        return True
+    spent = tally.over_budget(state.rounds)
+    while len(set(clients.sites()) - spent) < plan.study.cohort.min_sites:
+        if len(clients.sites()) >= plan.study.cohort.min_sites or not clients.wait(()):
+            return False
     return True
 
 
@@ -243,7 +257,7 @@ def _trained(
     name: Name,
 ) -> RunState:
     """The next state after a round of training: reduce and noise what was admitted, step; or a void attempt."""
-    void = _void(plan, ballot, plan.strategy.reducer.minimum)
+    void = "" if plan.sampled else _void(plan, ballot, plan.strategy.reducer.minimum)
     number = state.round + 1
     if void:
         record = _record(state, ballot, number, void, state.digest, clock() - started)
@@ -297,6 +311,8 @@ def _reduce(plan: Plan, ballot: Ballot, kind: Kind) -> Vector:
             Contribution(slots[site], one.answer.payload.vectors[kind], one.answer.weight, one.norm)
             for site, one in ballot.admitted.items()
         ]
+    if not parts and plan.sampled:
+        return np.zeros(segment.size, segment.numpy_dtype)
     running = reducer.init(segment.size, segment.numpy_dtype)
     for part in parts:
         running = reducer.add(running, part)
@@ -342,6 +358,10 @@ def _tell(report: Report, before: RunState, state: RunState) -> None:
 
 def _unfinished(state: RunState) -> str:
     """Why the rounds ended before the last, with the sites that did not answer, or not so that it counts."""
+    if not state.rounds or not state.rounds[-1].void:
+        return (
+            f"round {state.round + 1}: too few sites are at hand, or have a privacy budget that is not spent"
+        )
     last = state.rounds[-1]
     named = [f"{site}: {why}" for site, why in last.left_out.items()][:MOST_NAMES]
     return "; ".join([f"round {state.round + 1}: {last.void}", *named])

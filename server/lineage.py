@@ -30,7 +30,9 @@ _UNKNOWN = "suppressed: how many examples stand behind it is not known"
 
 def lineage(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     """Which study, run and rounds made the model: by round its sites with their weights, the SHA-256 of what each of
-    them sent and signed (of the updates themselves nothing is kept), and the model after it."""
+    them sent and signed (of the updates themselves nothing is kept), and the model after it.
+
+    Of cohorts that were drawn as Poisson samples it does not say who was in which: privacy rests on that, too."""
     last = made_after(outcome)
     return {
         "format": FORMAT,
@@ -49,9 +51,9 @@ def lineage(plan: Plan, outcome: Outcome) -> dict[str, Any]:
             {
                 "round": one.round,
                 "attempt": one.attempt,
-                "sites": dict(sorted(one.admitted.items())),
-                "updates": dict(sorted(one.updates.items())),
-                "left_out": dict(sorted(one.left_out.items())),
+                "sites": {} if plan.sampled else dict(sorted(one.admitted.items())),
+                "updates": {} if plan.sampled else dict(sorted(one.updates.items())),
+                "left_out": {} if plan.sampled else dict(sorted(one.left_out.items())),
                 "void": one.void,
                 "model": one.model,
             }

@@ -24,7 +24,8 @@ def noised(
 ) -> tuple[Vector, Statistics]:
     """The reduced update as it may be used, and the statistics of the next instruction (the bound, where it adapts).
 
-    The noise follows the answers that came: it hides one of the sites that were admitted, however few they are.
+    The noise follows the answers that came: it hides one of the sites that were admitted, however few they are. Where
+    the cohort is a Poisson sample, it follows the study's fixed denominator.
 
     Raises:
         InputError: the reducer has no sensitivity.
@@ -32,6 +33,9 @@ def noised(
     if mechanism is None or mechanism.name != "central-gaussian":
         return update, statistics
     count = len(ballot.admitted)
+    if mechanism.sampled:
+        bound = mechanisms.bound_of(mechanism, statistics)
+        return mechanisms.sampled_mean(mechanism, update, count, bound, draws), statistics
     sensitivity = reducer.sensitivity(count)
     if sensitivity is None:
         raise InputError("this strategy's reducer states no sensitivity, so noise would protect nobody")

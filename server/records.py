@@ -86,6 +86,11 @@ class Plan:
     spare: int = 0
     failures: int = 0
 
+    @property
+    def sampled(self) -> bool:
+        """Whether cohorts are Poisson samples."""
+        return self.mechanism is not None and self.mechanism.sampled
+
     @cached_property
     def mechanism(self) -> Mechanism | None:
         """The mechanism of the study's privacy."""

@@ -317,7 +317,9 @@ def _summary(study: Any) -> dict[str, Any]:
         "rounds": study.rounds,
         "local": f"{local} of {training.optimizer}, lr {training.lr}, batches of {training.batch_size}",
         "strategy": study.strategy.table(),
-        "cohort": f"{size or 'all'} sites a round{spare}, at least {study.cohort.min_sites} answers",
+        "cohort": f"{size or 'all'} sites a round{spare}, at least {study.cohort.min_sites} answers"
+        if study.cohort.sampling_rate is None
+        else f"each site in each round with probability {study.cohort.sampling_rate:g}, sums divided by {size}",
         "evaluation": f"{study.metric or 'no metric'}, the {study.evaluation.select} model is kept",
         "export": study.export.formats,
     }

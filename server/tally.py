@@ -200,6 +200,9 @@ def releases(rounds: Sequence[Round], mechanism: Mechanism | None) -> dict[str, 
     counted; in further attempts at a round it sends the same bytes again. What is noised at the server is released only
     in rounds that moved the model.
     """
+    if mechanism is not None and mechanism.sampled:  # a round costs all the same, whoever was drawn
+        moved = sum(bool(record.round) for record in rounds)
+        return dict.fromkeys(sorted({site for record in rounds for site in record.asked}), moved)
     found: set[tuple[str, int]] = set()
     for record in rounds:
         if mechanism is None or not record.round:

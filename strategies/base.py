@@ -130,6 +130,15 @@ def fixed_size(size: int) -> Selector:
     return select
 
 
+def poisson(rate: float) -> Selector:
+    """A selector that asks each site with probability `rate`, by itself; perhaps none."""
+
+    def select(sites: Sequence[str], round: int, rng: random.Random) -> list[str]:
+        return [site for site in sites if rng.random() < rate]
+
+    return select
+
+
 @dataclass(frozen=True)
 class Local:
     """What a client does besides plain training.

@@ -10,7 +10,7 @@ from typing import Any
 from consortium.protocol.code import load
 from consortium.protocol.errors import InputError
 from consortium.protocol.study import Study
-from consortium.strategies.base import Strategy, everyone, fixed_size
+from consortium.strategies.base import Strategy, everyone, fixed_size, poisson
 from consortium.strategies.catalogue import build
 
 
@@ -38,9 +38,26 @@ def strategy_of(study: Study) -> Strategy:
         )
     if study.privacy.mechanism in ("central-gaussian", "local-gaussian") and strategy.local.control_variates:
         raise InputError(f'{name}: control variates would need noise of their own; use mechanism = "dp-sgd"')
+    if study.cohort.sampling_rate is not None:
+        if strategy.selector is not everyone:
+            raise InputError(
+                f"{name}: chooses cohorts of its own; leave out cohort.sampling_rate, or let it ask all"
+            )
+        if not _sums(strategy):
+            raise InputError(
+                f"{name}: its reducer is no plain mean of bounded updates, so one that is not drawn would not count as "
+                "zero; with cohort.sampling_rate use fedavg with weighted = false, or another mean"
+            )
+        return replace(strategy, selector=poisson(study.cohort.sampling_rate))
     if study.cohort.size is not None and strategy.selector is everyone:
         strategy = replace(strategy, selector=fixed_size(study.cohort.size))
     return strategy
+
+
+def _sums(strategy: Strategy) -> bool:
+    """Whether the reducer is a sum over the number of updates, each at most as long as it was."""
+    reducer = strategy.reducer
+    return reducer.scale is not None and all(reducer.sensitivity(n) == 1 / n for n in (1, 2, 7))
 
 
 def _called(name: str, function: Any, parameters: Mapping[str, Any]) -> Any:
