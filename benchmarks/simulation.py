@@ -4,7 +4,8 @@
 
 Every contender runs in processes of its own on the same records, first model, cohorts and order of batches
 (`contenders/workloads.py`); that their models agree after three rounds is one of the targets. A row is the time of a
-round after the first, or the time from the start of the process to the end of round 1. Peak memory is the
+round after the first, its processor time (of all the contender's processes, which hardly depends on what else the
+machine does), or the time from the start of the process to the end of round 1. Peak memory is the
 proportional set size of the contender's process tree, sampled twice a second, with libraries and mapped records.
 """
 
@@ -83,10 +84,16 @@ class Results:
         found = [self.outcomes[case.name, c] for c in contenders if (case.name, c) in self.outcomes]
         return min((median(o.round_seconds) * 1000 for o in found), default=float("nan"))
 
+    def cpu_ms(self, case: Case, contender: str) -> float:
+        """Median processor time of a round, in ms; NaN where the contender did not run."""
+        found = self.outcomes.get((case.name, contender))
+        return float("nan") if found is None else median(found.cpu_seconds) * 1000
+
     def rows(self) -> Iterator[Row]:
         for (case, contender), outcome in self.outcomes.items():
             yield Row.of(f"{case}, {contender}", outcome.round_seconds, "ms", outcome.peak_mb)
         for (case, contender), outcome in self.outcomes.items():
+            yield Row.of(f"{case}, {contender}, processor time", outcome.cpu_seconds, "ms")
             if case in (W1.name, W2.name):
                 yield Row.of(f"{case}, {contender}, start and round 1", outcome.first_seconds, "s")
 
@@ -106,20 +113,31 @@ class Results:
         plain, pfl, flower = self.ms(W1, "plain-2"), self.ms(W1, "pfl-1", "pfl-2"), self.ms(W1, "flower")
         yield Target("W1, any trainer / plain-2, at first", trainer / plain, "<=", 1.25)
         yield Target("W1, any trainer / plain-2, then", trainer / plain, "<=", 1.15)
+        cpu = self.cpu_ms(W1, "consortium") / self.cpu_ms(W1, "plain-2")
+        yield Target("W1, any trainer / plain-2, processor time", cpu, "<=", 1.25)
         yield Target("W1, flower / any trainer", flower / trainer, ">=", 45)
         yield Target("W1, best pfl / any trainer", pfl / trainer, ">=", 2)
         ours = self.ms(W2, "consortium")
         yield Target("W2, any trainer / plain-2", ours / self.ms(W2, "plain-2"), "<=", 1.1)
+        cpu = self.cpu_ms(W2, "consortium") / self.cpu_ms(W2, "plain-2")
+        yield Target("W2, any trainer / plain-2, processor time", cpu, "<=", 1.1)
         yield Target("W2, any trainer / pfl-2", ours / self.ms(W2, "pfl-2"), "<=", 1.05)
 
     def _scaling(self) -> Iterator[Target]:
         for name in OURS:
             each = self.ms(W1, name) / W1.cohort
+            cpu = self.cpu_ms(W1, name) / W1.cohort
             for case in (W1_1K, W1_10K):
+                more = self.cpu_ms(case, name) / case.cohort / cpu
+                yield Target(
+                    f"{case.name}, {name}: time per client / that at 100 of 1k, processor", more, "<=", 1.1
+                )
                 growth = self.ms(case, name) / case.cohort / each
                 yield Target(f"{case.name}, {name}: time per client / that at 100 of 1k", growth, "<=", 1.1)
             idle = self.ms(W1_IDLE, name) / self.ms(W1, name)
             yield Target(f"{W1_IDLE.name}, {name}: round / that of 1k", idle, "<=", 1.05)
+            idle = self.cpu_ms(W1_IDLE, name) / self.cpu_ms(W1, name)
+            yield Target(f"{W1_IDLE.name}, {name}: round / that of 1k, processor time", idle, "<=", 1.05)
 
     def _start_and_memory(self) -> Iterator[Target]:
         plain = self.outcomes.get((W1.name, "plain-2"))

@@ -31,16 +31,21 @@ class ContenderError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One or several runs of a contender; `model` is the flat global model after the round that is compared."""
+    """One or several runs of a contender; `model` is the flat global model after the round that is compared.
+
+    cpu_seconds: of each run, the processor time of a round after the first, all its processes together.
+    """
 
     first_seconds: list[float]
     round_seconds: list[float]
+    cpu_seconds: list[float]
     peak_mb: float
     model: NDArray[np.float64]
 
     def pooled(self, other: Outcome) -> Outcome:
         first, rounds = self.first_seconds + other.first_seconds, self.round_seconds + other.round_seconds
-        return Outcome(first, rounds, max(self.peak_mb, other.peak_mb), other.model)
+        cpu = self.cpu_seconds + other.cpu_seconds
+        return Outcome(first, rounds, cpu, max(self.peak_mb, other.peak_mb), other.model)
 
 
 def launch(python: Path, target: str, spec: Spec) -> Outcome:
@@ -63,7 +68,8 @@ def launch(python: Path, target: str, spec: Spec) -> Outcome:
             log.seek(0)
             raise ContenderError((log.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1])
     result = json.loads(line)
-    return Outcome([result["first"]], result["times"], watch.peak_mb, np.load(model_file).astype(np.float64))
+    model = np.load(model_file).astype(np.float64)
+    return Outcome([result["first"]], result["times"], [result["cpu"]], watch.peak_mb, model)
 
 
 def _environment() -> dict[str, str]:
