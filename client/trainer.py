@@ -151,6 +151,8 @@ class Resident:
 
 
 _TORCH = {"float32": torch.float32, "float64": torch.float64}
+_ONE = {dtype: torch.ones((), dtype=dtype) for dtype in _TORCH.values()}
+"""d loss / d loss, made once."""
 
 
 def resident(task: Task, local: Local, seed: int) -> Resident:
@@ -324,7 +326,8 @@ class TorchTrainer:
             order = torch.from_numpy(np.concatenate(pending))
             lengths = [batch.size for batch in pending]
             inputs, targets = self.inputs.index_select(0, order), self.targets.index_select(0, order)
-            yield from zip(inputs.split(lengths), targets.split(lengths), strict=True)
+            # not `split`, whose checks in Python cost as much again
+            yield from zip(inputs.split_with_sizes(lengths), targets.split_with_sizes(lengths), strict=True)
 
     def _variate(self, state: SiteState) -> Vector:
         segment = self.resident.layout["control"]
@@ -365,9 +368,10 @@ def gradients(loss: Tensor, parameters: tuple[nn.Parameter, ...]) -> Sequence[Te
     """
     if loss.numel() != 1:
         raise RuntimeError(f"the loss has shape {tuple(loss.shape)}; one number would be right")
+    one = _ONE.get(loss.dtype) if loss.dim() == 0 else None
     found: Sequence[Tensor | None] = torch.autograd.Variable._execution_engine.run_backward(
         (loss,),
-        (torch.ones_like(loss),),
+        (torch.ones_like(loss) if one is None else one,),
         False,  # the graph is not kept,
         False,  # nor is one made of the gradients
         parameters,

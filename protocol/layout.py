@@ -152,7 +152,7 @@ class Layout:
             raise InputError(f"layout: the document is malformed ({error!r})") from error
         return Layout(segments)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the layout's canonical JSON; travels with every vector."""
         text = json.dumps(self.document(), sort_keys=True, separators=(",", ":"))

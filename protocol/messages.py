@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,22 +83,8 @@ class Instruction:
 
     def to(self, site: str) -> Instruction:
         """The copy for one site, with that site's own nonce, so that no site can answer for another."""
-        # not `replace`, which takes three times as long: a simulation makes one for every client
-        return Instruction(
-            self.federation,
-            self.run,
-            self.round,
-            self.attempt,
-            self.kind,
-            self.study,
-            self.model,
-            self.layout,
-            self.nonce_for(site),
-            self.expires,
-            self.payload,
-            site,
-            self.counted.get(site, 0),
-        )
+        admitted = self.counted.get(site, 0)
+        return changed(self, nonce=self.nonce_for(site), site=site, admitted=admitted, counted=_NOBODY)
 
     def nonce_for(self, site: str) -> str:
         """The nonce that `site` must echo: SHA-256 of the cohort's nonce and the site's name."""
@@ -150,6 +136,15 @@ class Answer:
 
 
 Message = Instruction | Answer
+_NOBODY: Mapping[str, int] = {}
+M = TypeVar("M", Instruction, Answer)
+
+
+def changed(message: M, **values: Any) -> M:
+    """`dataclasses.replace` in a fifth of the time: a simulation makes two messages for every client."""
+    copy: M = object.__new__(type(message))
+    copy.__dict__.update(message.__dict__, **values)
+    return copy
 
 
 _DTYPES = {"vector": ("<f4", "<f8"), "statistic": ("<f8",), "metric": ("<f8",), "opaque": ("|u1",)}

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import tomllib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ class Study(BaseModel):
             return self.evaluation.metric
         return allowed_metrics(self.task, self.data)[0]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of every setting, defaults included, and of the study's own code; comments and order of keys
         in the study file do not matter."""

@@ -227,8 +227,7 @@ def _well_below(vector: Vector, most: float) -> bool:
     total = 0.0
     for start in range(0, vector.size, _ROUGH_CHUNK):
         chunk = vector[start : start + _ROUGH_CHUNK]
-        with np.errstate(over="ignore", invalid="ignore"):
-            total += float(np.dot(chunk, chunk))
+        total += float(np.vdot(chunk, chunk))  # `dot` would warn where it overflows
     return total < (most / 2) ** 2
 
 

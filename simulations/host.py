@@ -24,7 +24,7 @@ from consortium.privacy.mechanisms import Mechanism, mechanism_of
 from consortium.privacy.randomness import Stream
 from consortium.protocol.errors import ConsortiumError
 from consortium.protocol.layout import Kind, Layout, Vector
-from consortium.protocol.messages import Answer, Instruction, Payload, Statistics
+from consortium.protocol.messages import Answer, Instruction, Payload, Statistics, changed
 from consortium.protocol.study import Study
 from consortium.server.admission import Admitted, Gate
 from consortium.server.clients import Block
@@ -243,21 +243,10 @@ def block(
     names: a slot's site. vectors: updates by slot, where they are not summed.
     """
     columns = (share.slots, share.weights, share.norms, share.metrics, share.statistics)
-    admitted = []
+    blank, admitted = Answer.to_instruction(instruction), []
     for slot, weight, norm, metrics, statistics in zip(*columns, strict=True):
-        payload = Payload(vectors.get(slot, {}), statistics)
-        answer = Answer(
-            run=instruction.run,
-            round=instruction.round,
-            attempt=instruction.attempt,
-            kind=instruction.kind,
-            site=names(slot),
-            nonce="",
-            model=instruction.model,
-            weight=weight,
-            payload=payload,
-            metrics=metrics,
-        )
+        payload = Payload(vectors.get(slot, {}), statistics) if vectors or statistics else blank.payload
+        answer = changed(blank, site=names(slot), nonce="", weight=weight, payload=payload, metrics=metrics)
         admitted.append(Admitted(answer, norm))
     left_out = {names(slot): reason for slot, reason in share.left_out.items()}
     return Block(admitted, left_out, sums.get("shared"), sums.get("control"))
