@@ -1,6 +1,6 @@
 """The admin door: what people and their scripts ask of a running server, by token.
 
-    viewer       sees status, studies, runs, events
+    viewer       sees status, studies, runs, events, metrics
     researcher   submits studies, too
     admin        everything: invites, revokes, starts, stops, rotates
 
@@ -26,7 +26,9 @@ from consortium.protocol.errors import InputError
 from consortium.protocol.study import Study
 from consortium.server.archive import Archive
 from consortium.server.exchange import Exchange
+from consortium.server.federation import Federation
 from consortium.server.listener import Request, Response, error_response, json_response
+from consortium.server.metrics import CONTENT_TYPE, Metrics
 from consortium.server.roster import Roster
 from consortium.server.runs import Runs
 
@@ -46,6 +48,8 @@ _log = logging.getLogger(__name__)
 class Host(Protocol):
     """What the admin door asks of the whole server (`server/serve.py`)."""
 
+    federation: Federation
+
     def status(self) -> dict[str, Any]: ...
     def invite(self, site: str, hours: float) -> dict[str, Any]: ...
     def revoke(self, site: str) -> None: ...
@@ -61,7 +65,7 @@ class _Route:
     method: str
     path: str
     role: Role
-    answer: Callable[[Request, str], dict[str, Any]]
+    answer: Callable[[Request, str], dict[str, Any] | Response]
 
 
 class AdminDoor:
@@ -72,6 +76,7 @@ class AdminDoor:
         self._exchange, self._runs = exchange, runs
         self._failures: deque[float] = deque(maxlen=MOST_FAILURES)
         self._lock = threading.Lock()
+        series = Metrics(host.federation.config.name, roster, archive, exchange, runs)
         self._routes = (
             _Route("GET", "/v1/status", "viewer", lambda _, __: host.status()),
             _Route("GET", "/v1/sites", "viewer", lambda _, __: {"sites": host.status()["sites"]}),
@@ -90,6 +95,7 @@ class AdminDoor:
             _Route("POST", "/v1/tokens/*", "admin", self._token),
             _Route("POST", "/v1/models/*/gate", "admin", self._gate),
             _Route("GET", "/v1/models/*/gate", "viewer", lambda _, name: host.gated(name)),
+            _Route("GET", "/metrics", "viewer", lambda _, __: Response(200, series.text(), CONTENT_TYPE)),
         )
 
     def handle(self, request: Request) -> Response:
@@ -113,7 +119,8 @@ class AdminDoor:
             if route.method != "GET":
                 _log.info("%s %s by token '%s'", route.method, request.path, name)
                 self._host.note("command", {"by": name, "role": role, "what": request.path[:LONGEST_PATH]})
-            return json_response(route.answer(request, star))
+            answer = route.answer(request, star)
+            return answer if isinstance(answer, Response) else json_response(answer)
         return error_response(404, "there is no such route on the admin door")
 
     def _who(self, request: Request) -> tuple[str, str] | None:
