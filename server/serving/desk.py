@@ -100,7 +100,7 @@ class Desk:
                 path = self.folder / f"{kind}-{datetime.fromtimestamp(now, UTC):%Y-%m-%d}.jsonl"
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                 self._files[kind] = day, os.open(path, flags, 0o600)
-            content = compact({"at": round(now, 3), **line}).encode() + b"\n"
+            content = compact({"at": round(now, 3), **line}) + b"\n"
             if os.write(self._files[kind][1], content) != len(content):
                 raise OSError("the disk is full")
         except OSError as error:

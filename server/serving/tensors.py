@@ -31,12 +31,14 @@ Array = NDArray[Any]
 
 
 class Given(NamedTuple):
-    """A tensor as it came. data: a list of Python values (nested or flat), or bytes, little-endian."""
+    """A tensor as it came. data: a list of Python values (nested or flat), or bytes, little-endian. plain: whether it
+    is known that the list is flat and holds numbers alone."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     data: list[Any] | bytes
+    plain: bool = False
 
 
 class RequestError(InputError):
@@ -112,14 +114,18 @@ class Checker:
         rows = shape[0] if len(shape) == 2 and shape[1] == 1 else 0
         flat: list[Any] = []
         order: list[int] = []
-        for one in given:
-            place = self._place.get(one.name)
-            right = one.datatype == self._datatype and one.shape == shape and type(one.data) is list
-            if place is None or not right or len(one.data) != rows:
+        plain = True
+        for name, datatype, its_shape, data, known in given:
+            place = self._place.get(name)
+            right = datatype == self._datatype and its_shape == shape and type(data) is list
+            if place is None or not right or len(data) != rows:
                 return None
             order.append(place)
-            flat += one.data
-        if not 1 <= rows <= MAX_ROWS or not set(map(type, flat)) <= _PLAIN or len(set(order)) < len(order):
+            flat += data
+            plain &= known
+        if not 1 <= rows <= MAX_ROWS or len(set(order)) < len(order):
+            return None
+        if not plain and not set(map(type, flat)) <= _PLAIN:
             return None
         try:
             wide = np.array(flat, np.float64).reshape(len(order), rows, 1)

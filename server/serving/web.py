@@ -105,6 +105,26 @@ def _json(
     return Response(content, status, dict(headers or {}), "application/json")
 
 
+def _header(request: Request, name: str) -> str | None:
+    """A header of the request, which is looked at without Starlette's copy of them: it is asked for four."""
+    wanted = name.lower().encode()
+    return next((value.decode("latin-1") for key, value in request.scope["headers"] if key == wanted), None)
+
+
+class _Answer(Response):
+    """JSON with status 200, as nearly every answer is: its head is two headers."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        length = str(len(self._content)).encode()
+        head = [(b"content-length", length), (b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": self._content})
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _json({"error": error.detail}, error.status_code, error.headers)
@@ -121,9 +141,9 @@ async def body(request: Request, most: int) -> bytes:
     Raises:
         HTTPException: it is larger, compressed, or cut off.
     """
-    if request.headers.get("content-encoding", "identity") != "identity":
+    if (_header(request, "content-encoding") or "identity") != "identity":
         raise HTTPException(415, "the body is compressed; send it as it is")
-    length = request.headers.get("content-length", "0")
+    length = _header(request, "content-length") or "0"
     if length.isdigit() and int(length) > most:
         raise HTTPException(
             413, f"the body has {length[:20]} bytes; at most {most} are read", {"Connection": "close"}
@@ -149,7 +169,7 @@ class _Door:
         """The handler, for callers who have the right; errors as statuses."""
 
         async def guarded(request: Request) -> Response:
-            caller = tokens.find(self._served.callers, request.headers.get("authorization"))
+            caller = tokens.find(self._served.callers, _header(request, "authorization"))
             if caller is None:
                 self._served.counters.denied.inc()
                 return _json(
@@ -194,7 +214,7 @@ class _Door:
 
     async def infer(self, request: Request, caller: Caller) -> Response:
         content = await body(request, MAX_BODY)
-        asked = wire.parse(content, request.headers.get(_LENGTH))
+        asked = wire.parse(content, _header(request, _LENGTH))
         name, wanted = request.path_params["name"], request.path_params.get("version", "")
         found = await self._served.predict(caller, "rest", name, wanted, asked.given, list(asked.outputs))
         head = {
@@ -205,7 +225,7 @@ class _Door:
         }
         answer, length = wire.answer(found.outputs, asked, head)
         if length is None:
-            return Response(answer, media_type="application/json")
+            return _Answer(answer)
         return Response(answer, headers={_LENGTH: str(length)}, media_type="application/octet-stream")
 
     async def metadata(self, request: Request, caller: Caller) -> Response:

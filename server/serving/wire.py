@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,6 +39,11 @@ def parse(body: bytes, header_length: str | None) -> Asked:
     Raises:
         RequestError: it is none; the message says where.
     """
+    if header_length is None:
+        try:
+            return _usual(_USUAL.decode(body))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            pass  # what is unusual, or wrong, is looked at below, which can say what it is
     length = len(body) if header_length is None else _length(header_length, len(body))
     document = _object(body[:length])
     parameters = _parameters(document, "the request")
@@ -46,9 +52,7 @@ def parse(body: bytes, header_length: str | None) -> Asked:
         raise RequestError(f"'id': a text of at most {MAX_ID} letters is expected")
     given, place = [], length
     for number, one in enumerate(_list(document, "inputs", required=True)):
-        tensor = _plain(one)
-        if tensor is None:
-            tensor, place = _tensor(one, f"inputs[{number}]", body, place)
+        tensor, place = _tensor(one, f"inputs[{number}]", body, place)
         given.append(tensor)
     if place != len(body):
         raise RequestError(f"the body has {len(body) - place} bytes that no input claims")
@@ -79,7 +83,7 @@ def answer(
         else:
             one["data"] = array.reshape(-1).tolist()
         outputs.append(one)
-    content = compact({**head, "outputs": outputs}).encode()
+    content = compact({**head, "outputs": outputs})
     return (content + b"".join(raw), len(content)) if raw else (content, None)
 
 
@@ -121,8 +125,35 @@ def _no_constant(name: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
-compact = json.JSONEncoder(separators=(",", ":")).encode
-"""A document as JSON without blanks, ASCII alone."""
+compact = msgspec.json.Encoder().encode
+"""A document as JSON without blanks, in UTF-8."""
+
+
+_Whole = Annotated[int, msgspec.Meta(ge=0, lt=2**40)]
+
+
+class _Numbers(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """A tensor of numbers in JSON: a column, flat."""
+
+    name: str
+    datatype: str
+    shape: tuple[_Whole, _Whole]
+    data: list[int | float]
+
+
+class _Request(msgspec.Struct, forbid_unknown_fields=True):
+    """A request as nearly all are. It is read in one pass, which does not say what is wrong where something is."""
+
+    inputs: Annotated[list[_Numbers], msgspec.Meta(max_length=MAX_TENSORS)]
+    id: Annotated[str, msgspec.Meta(max_length=MAX_ID)] = ""
+
+
+_USUAL = msgspec.json.Decoder(_Request)
+
+
+def _usual(found: _Request) -> Asked:
+    given = tuple([Given(one.name, one.datatype, one.shape, one.data, True) for one in found.inputs])
+    return Asked(found.id, given, {}, False)
 
 
 def _length(text: str, most: int) -> int:
@@ -131,28 +162,6 @@ def _length(text: str, most: int) -> int:
             f"Inference-Header-Content-Length: got {text[:20]!r}; at most the body's {most} is right"
         )
     return int(text)
-
-
-def _plain(one: dict[str, Any]) -> Given | None:
-    """A tensor in JSON with nothing special, as most are; None for any other, of which `_tensor` finds what it is."""
-    if one.keys() != _PLAIN:
-        return None
-    name, datatype, shape, data = one["name"], one["datatype"], one["shape"], one["data"]
-    if (
-        type(name) is not str
-        or type(datatype) is not str
-        or type(shape) is not list
-        or type(data) is not list
-    ):
-        return None
-    if len(shape) != 2 or type(shape[0]) is not int or type(shape[1]) is not int:
-        return None
-    if not (0 <= shape[0] < 2**40 and 0 <= shape[1] < 2**40):
-        return None
-    return Given(name, datatype, (shape[0], shape[1]), data)
-
-
-_PLAIN = {"name", "datatype", "shape", "data"}
 
 
 def _tensor(one: Any, where: str, body: bytes, place: int) -> tuple[Given, int]:

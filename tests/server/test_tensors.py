@@ -162,3 +162,35 @@ def test_quick_look_agrees_with_the_careful_one() -> None:
             assert all(found[name].tobytes() == right[name].tobytes() for name in ("x", "y", "z"))
             agreed[1] += 1
     assert min(agreed) > 300
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"inputs": [{"name": "a", "datatype": "FP32", "shape": [2, 1], "data": [1, 2.5]}]}',
+        '{"id": "x", "inputs": [{"name": "a", "datatype": "INT64", "shape": [1, 1], "data": [9007199254740993]}]}',
+        '{"inputs": [{"name": "\u00e9", "datatype": "FP64", "shape": [1, 1], "data": [1e308]}], "inputs": []}',
+        '{"inputs": [{"name": "a", "datatype": "FP32", "shape": [1, 1], "data": [123456789012345678901234567890]}]}',
+        '{"inputs": [{"name": "a", "datatype": "FP32", "shape": [1, 1], "data": [null]}]}',
+        '{"inputs": [{"name": "a", "datatype": "FP32", "shape": [1, 1], "data": [1e999]}]}',
+        '{"inputs": [{"name": "a", "datatype": "FP32", "shape": [1, 1], "data": [true]}]}',
+        '{"inputs": [{"name": "a", "datatype": "FP32", "shape": [-1, 1], "data": [1]}]}',
+        '{"inputs": [{"name": "a", "datatype": "FP32", "shape": [1, 1], "data": [NaN]}]}',
+        '{"inputs": [{"name": "a", "datatype": "FP32", "shape": [1, 1], "data": [[1]]}], "parameters": {}}',
+        '{"id": 7, "inputs": []}',
+        '{"inputs": [{"name": "a"}]}',
+        "[1]",
+        "{",
+    ],
+)
+def test_the_quick_way_to_read_a_request_reads_what_the_slow_one_reads(content: str) -> None:
+    """The same request, or the same refusal: what is unusual or wrong goes the slow way."""
+
+    def read(header: str | None) -> Any:
+        try:
+            asked = wire.parse(content.encode(), header)
+        except RequestError as error:
+            return str(error)
+        return asked.id, [tuple(one)[:4] for one in asked.given], asked.outputs, asked.binary
+
+    assert read(None) == read(str(len(content.encode())))
