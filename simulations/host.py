@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from consortium.client.site import Memory, Site, open_site
+from consortium.client.site import Draws, Memory, Site, rows
 from consortium.client.task import Source, Task
 from consortium.client.trainer import Resident, Schedule
 from consortium.privacy.mechanisms import Mechanism, mechanism_of
@@ -66,6 +66,10 @@ class World:
         """The mechanism of the study's privacy."""
         return mechanism_of(self.study)
 
+    @cached_property
+    def _draws(self) -> Draws:
+        return partial(Stream.seeded, self.study.seed)
+
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The segments that an update has."""
@@ -78,11 +82,11 @@ class World:
 
     def open(self, index: int) -> Site:
         """The site `names[index]`."""
-        site = open_site(
-            self.study, self.task, self.strategy.local, self.net, self.population.source(index), self.schedule,
-            partial(Stream.seeded, self.study.seed),
+        source = self.population.source(index)
+        return Site(
+            self.population.names[index], self.study, self.task, self.strategy.local, self.net,
+            partial(rows, self.task, source), self.schedule, self.mechanism, self._draws,
         )  # fmt: skip
-        return replace(site, name=self.population.names[index])
 
 
 @dataclass(frozen=True)
