@@ -214,7 +214,7 @@ def _without_code(document: dict[str, Any]) -> bundle.Bundle:
     if len(text) > bundle.MAX_STUDY:
         raise InputError(f"the study has more than {bundle.MAX_STUDY} characters")
     study = Study.parse(text, source="the study")
-    if is_own(study.task):
+    if is_own(study.task) or is_own(study.strategy.name):
         raise InputError(
             f"study '{study.name}': brings code of its own; submit it as a bundle: consortium study submit STUDY"
         )
