@@ -98,9 +98,11 @@ def held_out(examples: Examples, share: float, key: bytes, gaps: Sequence[int] =
     if examples.test is not None:
         return examples.test
     n = len(examples.inputs)
-    ids = np.setdiff1d(np.arange(n + len(gaps)), gaps) if examples.ids is None else examples.ids
     if share == 0:
         return np.zeros(n, np.bool_)
+    ids = examples.ids
+    if ids is None:
+        ids = np.setdiff1d(np.arange(n + len(gaps)), gaps) if gaps else np.arange(n)
     limit = int(share * 2**64)
     places = {
         value: int.from_bytes(hmac.digest(key, str(value).encode(), sha256)[:8], "big") < limit
