@@ -47,6 +47,8 @@ USED_THROUGH_ANOTHER = {
     "onnxscript",
     "pyarrow",
 }  # by uvicorn, torch.onnx, and pandas for Parquet
+BY_EXTRA = {"mlflow": "track"}
+"""What is imported only where an extra was installed, by the extra's name."""
 COMES_WITH_ANOTHER = {"pydantic-core", "onnx-ir"}  # pydantic and onnxscript pin them
 
 
@@ -197,6 +199,9 @@ def test_dependencies_are_what_the_code_imports() -> None:
     declared = {re.split(r"[^\w.-]", line)[0] for line in project["dependencies"]}
     owners = packages_distributions()
     roots = {root(name) for module in modules() for name in imports_of(module)} - set(sys.stdlib_module_names)
+    assert roots >= BY_EXTRA.keys()
+    assert project["optional-dependencies"].keys() >= set(BY_EXTRA.values())
+    roots -= BY_EXTRA.keys()
     used = {owners[name][0].lower().replace("_", "-") for name in roots - {"consortium"}}
     assert used - declared - COMES_WITH_ANOTHER == set()
     assert declared - used - USED_THROUGH_ANOTHER == set()

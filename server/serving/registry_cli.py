@@ -33,15 +33,20 @@ def register(
         str | None, typer.Option("--root", help="Fingerprint of the root that must have signed it.")
     ] = None,
     unsigned: Annotated[bool, typer.Option("--unsigned", help="Take a simulation's model too.")] = False,
+    track: Annotated[
+        str | None, typer.Option("--track", metavar="URI", help="An MLflow registry that gets it too.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Copy a bundle into a registry, verified, as the next version of its model and the candidate.
+
+    With --track it is a version in MLflow's registry too, with its lineage as tags (pip install 'consortium[track]').
 
     Example: consortium model register fed/runs/lung.1/model --registry models --root 3f1c...
     """
     from consortium.server import seal
     from consortium.server.model import load_model
-    from consortium.server.serving.registry import Registry
+    from consortium.server.serving.registry import Registry, split
 
     roots = seal.fingerprints(() if root is None else (root,))
     name = name or str(load_model(path, root=root).contract["study"]["name"])
@@ -51,10 +56,20 @@ def register(
         seal.check_signer(copy, seal.read(copy), roots, unsigned)
         return str(loaded.contract["model"])
 
+    tracked = None
+    if track is not None:
+        from consortium.server.serving import track as tracking
+
+        split(name)
+        check(path)
+        tracked = tracking.record(track, path, name)
     version = Registry(registry, time.time).register(path, name, check)
     if as_json:
-        typer.echo(json.dumps({"name": name, "version": version.number, "bundle": version.bundle}))
+        said = {"name": name, "version": version.number, "bundle": version.bundle}
+        typer.echo(json.dumps(said if tracked is None else {**said, "mlflow": tracked}))
         return
+    if tracked is not None:
+        typer.echo(f"MLflow: {name}, version {tracked}, alias candidate")
     typer.echo(
         f"{name}@{version.number}: is the candidate; next: consortium model promote {name} --registry {registry}"
     )
