@@ -50,8 +50,9 @@ class Link:
         reason = str(error)
         if refused:
             reason = (
-                f"{self._where} does not let this site in (was it revoked, has its certificate expired, or is the "
-                "server full?); ask the server's admin"
+                f"{self._where} does not let this site in (was it revoked, has its certificate expired, was the "
+                "server restored from a backup of before this site joined, or is it full?); ask the server's admin, "
+                "who can invite it anew"
             )
         now = self._clock()
         fresh = self.up or refused != self.refused or self.error == "not connected yet"

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from breast_cancer import study_text
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from founded import found
 
 from consortium.client.seen import Place, Seen
@@ -25,14 +26,18 @@ from consortium.client.store import Kept
 from consortium.client.store import Store as SiteStore
 from consortium.protocol import local
 from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.files import private_folder
 from consortium.protocol.layout import digest_of
-from consortium.protocol.messages import Answer, Instruction, Payload
+from consortium.protocol.messages import Answer, Instruction, Payload, encode
 from consortium.protocol.sealed import new_data_key
+from consortium.protocol.signing import ANSWER, raw, sign
 from consortium.protocol.study import Study
 from consortium.server.archive import Archive
 from consortium.server.check import check
 from consortium.server.checkpoint import Writer, read
+from consortium.server.kept_answers import KeptAnswers
 from consortium.server.link import Link, LinkClients, LinkCommits, nameless
+from consortium.server.offers import Offer, Received, Spooled
 from consortium.server.records import RunState
 from consortium.server.states import RUNNING, WAITING
 from consortium.server.store import Store
@@ -239,3 +244,39 @@ def test_a_worker_whose_memory_ends_says_so() -> None:
     assert said.stdout.splitlines() == ["the site's worker ran out of memory"] * 3, said.stderr
     assert "KeyError" in _failure(KeyError("x"))
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+def test_a_full_disk_takes_no_answer_and_loses_none(disk: Path) -> None:
+    """An answer that cannot be kept is refused with a word about the disk, and its site sends it again; what was kept
+    before counts still, nothing partial is left, and once there is room it is taken."""
+    key = Ed25519PrivateKey.generate()
+    spool = private_folder(disk / "spool")
+    kept = KeptAnswers(spool, KEY.of, lambda _: raw(key.public_key()).hex())
+
+    def keep(site: str) -> bytes:
+        update = Payload({"shared": np.full(20_000, 1.0, np.float32)})
+        asked = Instruction("f", RUN, 1, 0, "train", "0" * 64, "m", "l", "n", 5e9).to(site)
+        header, views = encode(Answer.to_instruction(asked, weight=1.0, payload=update))
+        content = Spooled.new(spool)
+        os.write(content.fd, b"".join(views))
+        question = encode(asked)[0]
+        kept.keep(
+            Offer(RUN, site, asked.nonce, question, b"", None, 0, 1 << 20),
+            sign(key, ANSWER, header),
+            Received(site, header, content),
+        )
+        return question
+
+    kept.begin(RUN, {"round": 1})
+    asked = {"a": keep("a")}
+    ballast = fill(disk)
+    with pytest.raises(ConsortiumError, match="is the disk full"):
+        keep("b")
+    with pytest.raises(ConsortiumError, match="is the disk full"):
+        kept.begin(RUN, {"round": 2, "more": "x" * 100_000})
+    assert sorted(path.name for path in spool.iterdir()) == [f"{RUN}~", f"{RUN}~a"]
+    assert kept.asked(RUN) == {"round": 1}
+    assert [*kept.answers(RUN, asked, 1 << 20)] == ["a"]
+    ballast.unlink()
+    asked["b"] = keep("b")
+    assert [*kept.answers(RUN, asked, 1 << 20)] == ["a", "b"]
