@@ -134,6 +134,61 @@ def serve(context: typer.Context, name: Name, folder: Folder) -> None:
             _end(child)
 
 
+@model.command()
+def review(
+    name: Name,
+    folder: Folder,
+    version: Annotated[int, typer.Option("--version", help="The version; else the candidate.")] = -1,
+) -> None:
+    """Fetch a version to look at: its model card, with how it was judged and what protects the records.
+
+    Example: consortium client model review lung --dir site
+    """
+    from consortium.client import models
+
+    home = home_in(folder)
+    connection = home.connection(home.lock())
+    try:
+        place, said = models.fetch(home, connection, name, version)
+    finally:
+        connection.close()
+    typer.echo((place / "MODEL_CARD.md").read_text(encoding="utf-8"))
+    typer.echo(f"{name}@{said.version}, bundle {said.bundle}, in {place}")
+    typer.echo(f"next: consortium client model approve {name} --version {said.version} --dir {folder}")
+
+
+@model.command()
+def approve(
+    name: Name,
+    folder: Folder,
+    version: Annotated[int, typer.Option("--version", help="The version; else the candidate.")] = -1,
+    as_json: Json = False,
+) -> None:
+    """Approve a version in the site's name: it is fetched, compared, and its manifest signed with the site's key.
+
+    Where the study asks for approvals ([export] approvals), a model is not used before it has so many.
+
+    Example: consortium client model approve lung --dir site
+    """
+    from consortium.client import models
+
+    home = home_in(folder)
+    lock = home.lock()
+    connection = home.connection(lock)
+    try:
+        _, said = models.fetch(home, connection, name, version)
+        approved = models.approve(home, connection, home.identity(lock), said)
+    finally:
+        connection.close()
+    if as_json:
+        about = {"name": name, "version": said.version, "bundle": said.bundle, "approved": approved}
+        typer.echo(json.dumps(about))
+        return
+    typer.echo(
+        f"{name}@{said.version}: approved, bundle {said.bundle[:12]}; sites so far: {', '.join(approved)}"
+    )
+
+
 def _end(child: subprocess.Popen[bytes]) -> None:
     """Let requests under way be answered, then end it."""
     if child.poll() is None:

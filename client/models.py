@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from consortium.client.home import Home
 from consortium.protocol import wire
 from consortium.protocol.connection import Connection, StatusError
-from consortium.protocol.delivery import Delivery, File, verified
+from consortium.protocol.delivery import Delivery, File, approval, verified
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.files import private_folder, sync_folder, write_private
+from consortium.protocol.signing import APPROVAL, sign
 
 STANDING, WITHDRAWN = "standing.json", "withdrawn.json"
 _log = logging.getLogger("consortium.agent")
@@ -61,16 +64,47 @@ def pull(
     document, said = _asked(home, connection, name, 0)
     if said.withdrawn:
         raise IntegrityError(f"{name}@{said.version}: was withdrawn ({said.withdrawn}); nothing was fetched")
+    _here(home, connection, folder, said, progress)
+    write_private(folder / STANDING, json.dumps(document).encode())
+    return said
+
+
+def fetch(home: Home, connection: Connection, name: str, version: int) -> tuple[Path, Delivery]:
+    """Fetch a version to look at, -1 for the candidate, without using it: its folder, and what the server says of it.
+
+    Raises: as `pull`.
+    """
+    folder = folder_of(home, name)
+    home.accept_trust(connection.request("GET", wire.TRUST).document())
+    _, said = _asked(home, connection, name, version)
+    if said.withdrawn:
+        raise IntegrityError(f"{name}@{said.version}: was withdrawn ({said.withdrawn}); nothing was fetched")
+    return _here(home, connection, folder, said, lambda *_: None), said
+
+
+def approve(home: Home, connection: Connection, key: Ed25519PrivateKey, said: Delivery) -> list[str]:
+    """Sign a version with the site's identity key, and tell the server; the sites that have approved it then."""
+    config = home.config
+    text = approval(config.federation, config.site, said.bundle)
+    signature = sign(key, APPROVAL, text).hex()
+    about = {"name": said.model, "version": said.version, "signature": signature}
+    document = connection.request("POST", wire.MODEL_APPROVALS, {"format": wire.FORMAT, **about}).document()
+    return [str(one) for one in wire.field(document, "approved", list)]
+
+
+def _here(
+    home: Home, connection: Connection, folder: Path, said: Delivery, progress: Callable[[int, int], None]
+) -> Path:
+    """The folder of a version, fetched where it is not here."""
     private_folder(home.folder / "models")
     place = private_folder(folder) / str(said.version)
     if not place.is_dir() or not _same(place, said):
-        shutil.rmtree(place, ignore_errors=True)
         part = private_folder(folder / f".{said.version}.part")
         _fetch_all(connection, said, part, progress)
+        shutil.rmtree(place, ignore_errors=True)
         part.rename(place)
         sync_folder(folder)
-    write_private(folder / STANDING, json.dumps(document).encode())
-    return said
+    return place
 
 
 def _asked(home: Home, connection: Connection, name: str, version: int) -> tuple[dict[str, Any], Delivery]:

@@ -38,6 +38,7 @@ from consortium.protocol.errors import ConsortiumError, InputError, IntegrityErr
 from consortium.protocol.layout import digest_of
 from consortium.protocol.messages import Answer, Instruction, Payload, Statistics
 from consortium.protocol.metrics import at_most
+from consortium.protocol.sections import TabularData
 from consortium.protocol.study import Study
 from consortium.strategies.base import Local
 
@@ -172,6 +173,7 @@ class Site:
     memory: Memory = field(default_factory=Memory)
     _trainer: TorchTrainer | None = None
     _note: str = ""
+    _persons: int = 0
     _units: NDArray[np.int64] | None = None
     _warm: Rows | None = None
 
@@ -200,7 +202,7 @@ class Site:
         if instruction.admitted or self.memory.pending_round:
             self.memory = self.memory.settled(instruction.admitted)
         state = self.memory.committed
-        counts = at_most(trainer.evaluate(model, state), self.study.cohort.max_weight)
+        counts = at_most(self._counts(trainer.evaluate(model, state)), self.study.cohort.max_weight)
         if instruction.kind == "evaluate":
             return Answer.to_instruction(instruction, metrics=counts)
         number, seed = instruction.round, self.study.seed
@@ -216,6 +218,10 @@ class Site:
             self.memory = Memory(state, after, number)
         payload = self._released(update, instruction.payload.statistics, draws)
         return Answer.to_instruction(instruction, weight=update.weight, payload=payload, metrics=counts)
+
+    def _counts(self, counts: Statistics) -> Statistics:
+        """Counts with the number of persons behind them, where the study names persons."""
+        return {**counts, "persons": np.array([float(self._persons)])} if counts and self._persons else counts
 
     def _judged(self, graph: bytes) -> Statistics:
         self._warm = data = self._warm or self.load()
@@ -240,6 +246,12 @@ class Site:
             self._note = data.note if self.mechanism is None else ""  # it counts records
             step = self.task.preprocessing(sums) if sums or not self.task.prepares else None
             self._units = self._checked_units(data)
+            if (
+                data.test_people is not None
+                and isinstance(self.study.data, TabularData)
+                and self.study.data.person
+            ):
+                self._persons = len(np.unique(data.test_people))
             self._trainer = _trainer(self.task, self.net, self.local, data, step, bool(sums))
         return self._trainer
 

@@ -59,6 +59,11 @@ class Delivery:
     withdrawn: str = ""
 
 
+def approval(federation: str, site: str, bundle: str) -> bytes:
+    """What a site signs, for the purpose `APPROVAL`, to approve the bundle of this digest."""
+    return canonical({"format": FORMAT, "federation": federation, "site": site, "bundle": bundle})
+
+
 def state(key: Ed25519PrivateKey, federation: str, site: str, nonce: str, said: Delivery) -> dict[str, str]:
     """A statement for one site and question, signed."""
     about = {"format": FORMAT, "federation": federation, "site": site, "nonce": nonce}

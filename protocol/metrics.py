@@ -8,6 +8,7 @@ What a name means here is agreed between client and server:
     auroc        (2, bins): counts of negatives and positives by score bin, ties count half
     auroc_exact  (n, 2): score and label of every example; sites are concatenated, not summed
     confusion    (k, k): rows are true classes, columns predicted
+    persons      (1,): how many persons the examples are of, where the study names them
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ LOGIT_LIMIT = 16.0
 """Scores are binned by logit, clipped to [-16, 16]: one bin is 1/16 wide, so that confident scores stay apart."""
 
 
+SIZES = ("n", "persons")
+"""What `values` says beside metrics: how many examples, and persons, stand behind them."""
 FEWEST = 10
 """Persons below which a cell of an evaluation is not shown."""
 
@@ -119,6 +122,7 @@ def problem(name: str, counts: NDArray[np.float64]) -> str:
         "auroc": len(shape) == 2 and shape[0] == 2 and shape[1] > 0,
         "auroc_exact": len(shape) == 2 and shape[1] == 2,
         "confusion": len(shape) == 2 and shape[0] == shape[1],
+        "persons": shape == (1,) and counts[0] >= 0,
     }
     if not right.get(name, shape == (2,) if name in _LARGEST_SUM else True):
         return f"has shape {shape}"
@@ -180,6 +184,8 @@ def values(counts: Statistics) -> dict[str, float]:
             result["auroc"] = auroc_of_histogram(array)
         elif name == "auroc_exact":
             result["auroc"] = auroc_exact(array[:, 0], array[:, 1] > 0.5)
+        elif name == "persons":
+            result["persons"] = float(array.sum())
         elif name == "confusion":
             continue
         elif array.shape == (2,):

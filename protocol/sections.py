@@ -222,9 +222,10 @@ class Privacy(Section):
 
 
 class Export(Section):
-    """[export]"""
+    """[export]: what a model bundle holds. approvals: how many sites must have signed it before it is used."""
 
     formats: list[Literal["onnx", "safetensors"]] = ["onnx", "safetensors"]
+    approvals: Annotated[int, Field(ge=0, le=10_000)] = 0
 
 
 def allowed_metrics(task: str, data: Data) -> tuple[str, ...]:

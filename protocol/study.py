@@ -148,6 +148,8 @@ class Study(BaseModel):
             del about["evaluation"]["groups"]  # studies of before there were groups keep their digest
         if self.cohort.sampling_rate is None:
             del about["cohort"]["sampling_rate"]  # the same
+        if not self.export.approvals:
+            del about["export"]["approvals"]  # the same
         return hashlib.sha256(canonical(about | ({"code": self._code} if self._code else {}))).hexdigest()
 
     def with_(self, **sections: Mapping[str, Any]) -> Study:

@@ -20,6 +20,7 @@ whole. It is verified before the header is parsed; the content is hashed while i
     POST /v1/leave            {}; the site leaves the federation
     POST /v1/models/NAME      {"version", "nonce"}; what a model is and whether it may be used (protocol/delivery.py)
     GET  /v1/models/NAME/VERSION/FILE?from=BYTE    a file of it, from that byte on
+    POST /v1/model-approvals  {"name", "version", "signature"}; the site approves the version; all that have
 
 The enrolment door has GET /v1/root and POST /v1/join. An error is {"error": text} with a 4xx or 5xx.
 """
@@ -36,7 +37,7 @@ from consortium.protocol.messages import MAX_HEADER
 from consortium.protocol.signing import SIGNATURE_BYTES
 
 FORMAT = 1
-LEDGER, MODELS = "/v1/ledger", "/v1/models/"
+LEDGER, MODELS, MODEL_APPROVALS = "/v1/ledger", "/v1/models/", "/v1/model-approvals"
 POLL, ANSWERS, STUDIES, TRUST, EPOCH, RENEW, LEAVE, PROPOSALS, APPROVALS = (
     "/v1/poll", "/v1/answers/", "/v1/studies/", "/v1/trust", "/v1/epoch/", "/v1/renew", "/v1/leave", "/v1/proposals",
     "/v1/approvals",

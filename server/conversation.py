@@ -205,6 +205,7 @@ class Conversation:
                 "run": lineage["run"],
                 "study": lineage["study"]["digest"],
                 "lineage": listed["files"]["lineage.json"],
+                "number of approvals": listed.get("approvals", 0),
             }
             model = lineage["model"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -214,6 +215,7 @@ class Conversation:
             "run": self._run,
             "study": self._study.digest,
             "lineage": hashlib.sha256(came).hexdigest(),
+            "number of approvals": self._study.export.approvals,
         }
         for name, right in expected.items():
             if found[name] != right:

@@ -9,17 +9,20 @@ from pathlib import Path
 
 from consortium.protocol.delivery import GOOD_FOR, Delivery, File
 from consortium.protocol.errors import InputError
+from consortium.protocol.signing import MEMBER
 from consortium.protocol.wire import CHUNK
-from consortium.server import seal
+from consortium.server import seal, vouching
+from consortium.server.federation import Federation
 from consortium.server.serving import gate_file
 from consortium.server.serving.registry import Registry, Shelf
 
 
 class Deliveries:
-    """Over a federation's folder; for any number of threads. clock: seconds since the epoch."""
+    """Over a federation's registry; for any number of threads. clock: seconds since the epoch."""
 
-    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
-        self._registry, self._clock = Registry(folder / gate_file.MODELS, clock), clock
+    def __init__(self, federation: Federation, clock: Callable[[], float] = time.time) -> None:
+        self._federation, self._clock = federation, clock
+        self._registry = Registry(federation.folder / gate_file.MODELS, clock, "the site door")
 
     def number(self) -> int:
         """Another after every act on the registry; 0 where there is none."""
@@ -29,22 +32,36 @@ class Deliveries:
             return 0
 
     def said(self, name: str, number: int) -> Delivery:
-        """What is to be said of a version, of the champion for 0.
+        """What is to be said of a version, of the champion for 0, of the candidate for -1.
 
         Raises:
             InputError: there is none such.
         """
         shelf = self._shelf(name)
-        number = number or shelf.champion or 0
+        number = {0: shelf.champion or 0, -1: shelf.candidate or 0}.get(number, number)
         version = shelf.version(number)
         if version is None:
-            raise InputError(f"model '{name}' has no such version, or no champion now")
+            raise InputError(f"model '{name}' has no such version, or none in that place now")
         now = self._clock()
         if version.withdrawn:
             return Delivery(name, number, version.bundle, now, now, withdrawn=version.why)
         place = self._registry.bundle(name, shelf, number)
         files = {path.name: _file(path) for path in sorted(place.iterdir())}
         return Delivery(name, number, version.bundle, now, now + GOOD_FOR, files)
+
+    def approve(self, name: str, number: int, site: str, identity: str, signature: str) -> tuple[str, ...]:
+        """Keep a site's approval of a version; the sites that have approved it then. identity: its key (hex).
+
+        Raises:
+            InputError, IntegrityError: there is no such version, or the approval does not hold.
+        """
+        text = vouching.member_text(self._federation.config.name, site, identity)
+        member = self._federation.seal(text, MEMBER)
+
+        def change(content: bytes) -> bytes:
+            return seal.with_approval(content, site, identity, signature, member)
+
+        return self._registry.approve(name, number, site, change)
 
     def file(self, name: str, number: int, file: str, start: int) -> tuple[Iterator[bytes], int]:
         """The bytes of a version's file from `start` on, in pieces, and how many they are.

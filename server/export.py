@@ -101,7 +101,7 @@ def export(
     contract["files"] = made
     documents = _documents(plan, outcome, contract)
     hashes = made | {name: hashlib.sha256(content).hexdigest() for name, content in documents.items()}
-    files |= documents | _sealed(hashes, documents[LINEAGE], plan.federation, sign)
+    files |= documents | _sealed(hashes, documents[LINEAGE], plan.federation, sign, study.export.approvals)
     place(files, destination)
     return Exported(destination, contract)
 
@@ -123,10 +123,12 @@ def _documents(plan: Plan, outcome: Outcome, contract: Mapping[str, Any]) -> dic
     return {name: seal.plain_json(one) for name, one in documents.items()} | {"MODEL_CARD.md": text.encode()}
 
 
-def _sealed(hashes: Mapping[str, str], came: bytes, federation: str, sign: Sign | None) -> dict[str, bytes]:
-    """The manifest, and its signature where somebody signs."""
+def _sealed(
+    hashes: Mapping[str, str], came: bytes, federation: str, sign: Sign | None, approvals: int
+) -> dict[str, bytes]:
+    """The manifest, and its signature where somebody signs. approvals: of sites, before the model is used."""
     if sign is not None:
-        manifest = seal.manifest(hashes, federation)
+        manifest = seal.manifest(hashes, federation, approvals)
         signature = sign(manifest, came)
         if signature is not None:
             return {seal.MANIFEST: manifest, seal.SIGNATURE: seal.signature(signature)}

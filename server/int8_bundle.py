@@ -169,7 +169,7 @@ def quantize(
         "judged": {"rows": rows, **{f"accuracy_{kind}": n / rows for kind, n in right.items()}},
         "bytes": {"fp32": len(whole), "int8": len(small)},
     }
-    _write(files, small, about, out, sign)
+    _write(files, small, about, out, sign, seal.read(folder).required)
     return about
 
 
@@ -188,7 +188,12 @@ def _gate(right: Mapping[str, int], rows: int, whole: int, small: int) -> None:
 
 
 def _write(
-    files: Mapping[str, bytes], graph: bytes, about: Mapping[str, Any], out: Path, sign: Seal | None
+    files: Mapping[str, bytes],
+    graph: bytes,
+    about: Mapping[str, Any],
+    out: Path,
+    sign: Seal | None,
+    approvals: int,
 ) -> None:
     """The new bundle, whole or not at all. The 32-bit weights are not in it."""
     documents = {name: json.loads(content) for name, content in files.items() if name.endswith(".json")}
@@ -211,7 +216,7 @@ def _write(
     if sign is None:
         made[seal.MANIFEST] = seal.manifest(hashes, None)
     else:
-        made[seal.MANIFEST] = seal.manifest(hashes, str(came["federation"]))
+        made[seal.MANIFEST] = seal.manifest(hashes, str(came["federation"]), approvals)
         made[seal.SIGNATURE] = seal.signature(dict(sign(made[seal.MANIFEST])))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: is not empty; give a new folder, exported models are never changed")

@@ -24,6 +24,7 @@ REFERENCE_BINS = 10
 """Bins of a feature's reference, each of about a tenth of the values."""
 
 SUPPRESSED = f"fewer than {FEWEST} examples"
+FEW_PERSONS = f"fewer than {FEWEST} persons"
 _COMPLEMENT = "suppressed, because it and the others would tell a smaller cell"
 _UNKNOWN = "suppressed: how many examples stand behind it is not known"
 
@@ -88,6 +89,9 @@ def privacy(plan: Plan, outcome: Outcome) -> dict[str, Any]:
 def evaluation(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     """Metrics on the holdouts, by site and pooled, and calibration; small cells are suppressed.
 
+    Where the study names persons, they are counted, not their rows; calibration, whose bins hold rows, is left out then
+    if a person has several.
+
     `groups` is null: no task counts by group.
     """
     judged = outcome.evaluation
@@ -103,18 +107,29 @@ def evaluation(plan: Plan, outcome: Outcome) -> dict[str, Any]:
         "pooled": pooled,
         "sites": _by_site(judged),
         "groups": None,
-        "calibration": None if "suppressed" in pooled else calibration(judged.reliability),
+        "calibration": None
+        if "suppressed" in pooled or _several(judged)
+        else calibration(judged.reliability),
         "smallest_cell": FEWEST,
     }
 
 
 def _metrics(values: Mapping[str, float]) -> dict[str, Any]:
-    n = values.get("n")
-    if n is None:
+    if "n" not in values:
         return {"suppressed": _UNKNOWN}
-    if n < FEWEST:
-        return {"suppressed": SUPPRESSED}
+    if _size(values) < FEWEST:
+        return {"suppressed": SUPPRESSED if values["n"] < FEWEST else FEW_PERSONS}
     return {name: value if math.isfinite(value) else None for name, value in sorted(values.items())}
+
+
+def _size(values: Mapping[str, float]) -> float:
+    """How many persons stand behind metrics; examples, where the study does not name persons."""
+    return values.get("persons", values["n"])
+
+
+def _several(judged: Evaluation | None) -> bool:
+    """Whether persons with several rows each are among those that were judged, so that rows are not persons."""
+    return judged is not None and judged.pooled.get("persons", math.inf) < judged.pooled.get("n", 0.0)
 
 
 def _by_site(judged: Evaluation) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def _by_site(judged: Evaluation) -> dict[str, Any]:
     hidden = [site for site, values in found.items() if "suppressed" in values]
     shown = [site for site in found if site not in hidden]
     if len(hidden) == 1 and shown:
-        found[min(shown, key=lambda site: (judged.sites[site]["n"], site))] = {"suppressed": _COMPLEMENT}
+        found[min(shown, key=lambda site: (_size(judged.sites[site]), site))] = {"suppressed": _COMPLEMENT}
     return found
 
 
@@ -157,11 +172,13 @@ def reference(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     """How the numeric features were distributed over all sites before round 1: what later inputs are compared with.
 
     By feature the edges of bins, in the feature's unit, and the share of values in each. A bin has `FEWEST` values or
-    more. `features` is empty where the task asks for no such sums.
+    more. `features` is empty where the task asks for no such sums, and where a person has several rows: values are then
+    not persons.
     """
     data, sums = plan.study.data, outcome.state.statistics
     found: dict[str, Any] = {}
-    if isinstance(data, TabularData) and {"histogram", "count"} <= set(sums):
+    told = isinstance(data, TabularData) and not _several(outcome.evaluation)
+    if told and isinstance(data, TabularData) and {"histogram", "count"} <= set(sums):
         numeric = {name: one for name, one in data.features.items() if isinstance(one, Numeric)}
         for (name, one), counts in zip(numeric.items(), sums["histogram"], strict=True):
             bins = _reference_bins(np.maximum(counts, 0.0), one.min, one.max)

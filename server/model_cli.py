@@ -61,7 +61,9 @@ def verify(path: Folder, root: Root = None, as_json: Json = False) -> None:
     if root is not None:
         seal.fingerprints((root,))
     files = verified(path, root)
-    signer = seal.read(path, root).signer
+    sealed = seal.read(path, root)
+    signer = sealed.signer
+    seal.check_approved(path, sealed)
     if ONNX in files:
         load_model(path, root=root)
     if WEIGHTS in files:
@@ -75,10 +77,13 @@ def verify(path: Folder, root: Root = None, as_json: Json = False) -> None:
             "model": contract["model"],
             "signer": None if signer is None else {"federation": signer.federation, "root": signer.root},
             "root_expected": root is not None,
+            "approvals": {"required": sealed.required, "sites": list(sealed.approved)},
         }
         typer.echo(json.dumps(said, indent=2))
         return
     typer.echo(f"{path}: {len(files)} files are what was exported; model {contract['model']}")
+    if sealed.approved:
+        typer.echo(f"approved by {', '.join(sealed.approved)}")
     if signer is None:
         typer.echo("signed by nobody: it comes from a simulation, or over Flower")
     elif root is None:
@@ -147,6 +152,7 @@ def predict(
 
     Example: consortium model predict out/model --sql "SELECT * FROM patients" --url env:CLINIC --out predictions.csv
     """
+    from consortium.server import seal
     from consortium.server.model import load_model
     from consortium.server.predicting import Query, predict_file, predict_query
 
@@ -157,7 +163,9 @@ def predict(
             "--password: env:NAME or file:PATH would be right, beside --url; never the password itself"
         )
     started = time.monotonic()
-    loaded = load_model(_located(path), root=root)
+    place = _located(path)
+    loaded = load_model(place, root=root)
+    seal.check_approved(place, seal.read(place, root))
     if source is not None:
         report = predict_file(loaded, source, out, strict)
     else:

@@ -1,5 +1,7 @@
 """What holds a model bundle together: `manifest.json`, the SHA-256 of every file, and `signature.json` over it.
 
+Sites may sign the manifest, too: their approvals stand in `signature.json`, which the manifest does not list.
+
 A live run's manifest is signed by the key that signs the federation's instructions. The signature file carries the
 root certificate and the root's statement about that key, so whoever knows the root's fingerprint needs nothing else.
 A simulation is signed by nobody, and its manifest says so. Both files have one spelling: another is damage.
@@ -14,12 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-
-from consortium.protocol import signing, trust
-from consortium.protocol.credentials import fingerprint, pem
+from consortium.protocol import signing
 from consortium.protocol.errors import InputError, IntegrityError
+from consortium.server.vouching import AGAIN, APPROVALS, Signer, approved_by, signer_of
 
 FORMAT = 1
 CONTRACT, MANIFEST, SIGNATURE, WITHDRAWN = (
@@ -28,28 +27,21 @@ CONTRACT, MANIFEST, SIGNATURE, WITHDRAWN = (
     "signature.json",
     "withdrawn.json",
 )
-_AGAIN = "get the model again"
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-
-
-@dataclass(frozen=True)
-class Signer:
-    """Who signed a bundle. root: SHA-256 (hex) of the federation's root certificate, what people compare."""
-
-    federation: str
-    root: str
 
 
 @dataclass(frozen=True)
 class Sealed:
     """A manifest that was found in order. digest: its SHA-256 (hex), which names the bundle to the byte.
 
-    files: SHA-256 (hex) by name. signer: None for a simulation's.
+    files: SHA-256 (hex) by name. signer: None for a simulation's. required: how many sites must have approved it.
+    approved: names of those that have.
     """
 
     digest: str
     files: Mapping[str, str]
     signer: Signer | None
+    required: int = 0
+    approved: tuple[str, ...] = ()
 
 
 def plain_json(document: Mapping[str, Any]) -> bytes:
@@ -58,9 +50,13 @@ def plain_json(document: Mapping[str, Any]) -> bytes:
     return (text + "\n").encode()
 
 
-def manifest(hashes: Mapping[str, str], signed_by: str | None) -> bytes:
-    """The manifest of files with these SHA-256 (hex). signed_by: the federation, None where nobody signs."""
-    return plain_json({"format": FORMAT, "files": dict(hashes), "signed_by": signed_by})
+def manifest(hashes: Mapping[str, str], signed_by: str | None, approvals: int = 0) -> bytes:
+    """The manifest of files with these SHA-256 (hex). signed_by: the federation, None where nobody signs.
+
+    approvals: how many sites must have approved the bundle before it is used.
+    """
+    asked = {"approvals": approvals} if approvals else {}
+    return plain_json({"format": FORMAT, "files": dict(hashes), "signed_by": signed_by, **asked})
 
 
 def signature(document: Mapping[str, Any]) -> bytes:
@@ -86,11 +82,18 @@ def read(folder: Path, root: str | None = None) -> Sealed:
     refuse_withdrawn(folder)
     document = _document(folder / MANIFEST, content)
     files, signed_by = document.get("files"), document.get("signed_by")
-    known = set(document) == {"format", "files", "signed_by"} and isinstance(signed_by, str | None)
-    if not known or not _names_files(files):
-        raise IntegrityError(f"{folder / MANIFEST}: is damaged (its keys or names of files); {_AGAIN}")
+    required = document.get("approvals", 0)
+    known = {*document} - {"approvals"} == {"format", "files", "signed_by"} and isinstance(
+        signed_by, str | None
+    )
+    if type(required) is not int or not known or not _names_files(files):
+        raise IntegrityError(f"{folder / MANIFEST}: is damaged (its keys or names of files); {AGAIN}")
     assert isinstance(files, dict)
-    signer = None if signed_by is None else _signer(folder / SIGNATURE, content, signed_by)
+    digest = hashlib.sha256(content).hexdigest()
+    signer, approved = None, tuple[str, ...]()
+    if signed_by is not None:
+        signer = _signer(folder / SIGNATURE, content, signed_by)
+        approved = _approvals(folder / SIGNATURE, signer, digest)
     if document.get("format") != FORMAT:
         raise InputError(
             f"{folder / MANIFEST}: format {document.get('format')} is not known here; this version reads {FORMAT}"
@@ -98,7 +101,7 @@ def read(folder: Path, root: str | None = None) -> Sealed:
     _same_names(folder, {*files, MANIFEST, *([SIGNATURE] if signed_by is not None else [])})
     if root is not None and (signer is None or signer.root != root.lower()):
         raise IntegrityError(f"{folder / (SIGNATURE if signer else MANIFEST)}: {_stranger(signer, root)}")
-    return Sealed(hashlib.sha256(content).hexdigest(), files, signer)
+    return Sealed(digest, files, signer, required, approved)
 
 
 def _stranger(signer: Signer | None, root: str) -> str:
@@ -106,7 +109,7 @@ def _stranger(signer: Signer | None, root: str) -> str:
         return "is signed by nobody (a simulation's model); a signature is asked for"
     return (
         f"is signed by federation '{signer.federation}' of root {signer.root}, not of the expected root {root}; "
-        f"{_AGAIN}, or compare the root with that federation's admin: consortium server status"
+        f"{AGAIN}, or compare the root with that federation's admin: consortium server status"
     )
 
 
@@ -124,6 +127,21 @@ def check_signer(folder: Path, sealed: Sealed, roots: tuple[str, ...], unsigned:
         raise IntegrityError(
             f"{folder / SIGNATURE}: the signer is not known here: federation '{sealed.signer.federation}', root "
             f"{sealed.signer.root}; compare that with its admin (consortium server status), then add --root FINGERPRINT"
+        )
+
+
+def check_approved(folder: Path, sealed: Sealed) -> None:
+    """Refuse what fewer sites have approved than its manifest asks for.
+
+    Raises:
+        IntegrityError: naming who has approved it, and how many are missing.
+    """
+    missing = sealed.required - len(sealed.approved)
+    if missing > 0:
+        have = ", ".join(sealed.approved) or "none"
+        raise IntegrityError(
+            f"{folder / SIGNATURE}: {len(sealed.approved)} of {sealed.required} sites have approved this model "
+            f"({have}); {missing} more must: consortium client model approve NAME"
         )
 
 
@@ -146,8 +164,27 @@ def _document(path: Path, content: bytes) -> dict[str, Any]:
         if not isinstance(document, dict) or plain_json(document) != content:
             raise ValueError("another spelling")
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path}: is damaged ({type(error).__name__}); {_AGAIN}") from error
+        raise IntegrityError(f"{path}: is damaged ({type(error).__name__}); {AGAIN}") from error
     return document
+
+
+def with_approval(
+    content: bytes, site: str, identity: str, signature: str, member: Mapping[str, Any]
+) -> bytes:
+    """`signature.json` with one more site's approval, in place of an earlier one of that site.
+
+    member: of `Federation.seal`, over `member_text`.
+    """
+    document = json.loads(content)
+    entry = {
+        "site": site,
+        "identity": identity,
+        "signature": signature,
+        "member": {"format": FORMAT, **member},
+    }
+    others = [one for one in document.get(APPROVALS, []) if one["site"] != site]
+    document[APPROVALS] = sorted([*others, entry], key=lambda one: str(one["site"]))
+    return plain_json(document)
 
 
 def _names_files(files: object) -> bool:
@@ -162,10 +199,10 @@ def _names_files(files: object) -> bool:
 def _same_names(folder: Path, right: set[str]) -> None:
     found = {path.name for path in folder.iterdir()}
     for name in sorted(right - found):
-        raise IntegrityError(f"{folder / name}: is missing; {_AGAIN}")
+        raise IntegrityError(f"{folder / name}: is missing; {AGAIN}")
     for name in sorted(found - right):
         raise IntegrityError(
-            f"{folder / name}: is not part of the model that was exported; remove it, or {_AGAIN}"
+            f"{folder / name}: is not part of the model that was exported; remove it, or {AGAIN}"
         )
 
 
@@ -174,51 +211,13 @@ def _signer(path: Path, content: bytes, federation: str) -> Signer:
     try:
         document = _document(path, path.read_bytes())
     except OSError as error:
-        raise IntegrityError(f"{path}: is damaged ({type(error).__name__}); {_AGAIN}") from error
+        raise IntegrityError(f"{path}: is damaged ({type(error).__name__}); {AGAIN}") from error
+    document.pop(APPROVALS, None)  # which are looked at once it is known who signed
     return signer_of(path, document, content, federation, signing.MODEL, MANIFEST)
 
 
-def signer_of(
-    path: Path, document: Mapping[str, Any], content: bytes, federation: str, purpose: str, what: str
-) -> Signer:
-    """Who signed `content` for a purpose, as a document says that `signature` made. path, what: for errors.
-
-    Raises:
-        IntegrityError: nobody of that federation did, or the document is damaged.
-    """
-    try:
-        text = str(document["root"])
-        root = x509.load_pem_x509_certificate(text.encode())
-        root.verify_directly_issued_by(root)
-        given = str(document["signature"])
-        spelled = (
-            set(document) == {"format", "federation", "root", "trust", "signature"}
-            and document["format"] == FORMAT
-            and document["federation"] == federation
-            and pem([root]).decode() == text
-            and bytes.fromhex(given).hex() == given
-            and bytes.fromhex(document["trust"]["signature"]).hex() == document["trust"]["signature"]
-        )
-        if not spelled:
-            raise IntegrityError("it is not as it was written")
-        named = trust.verified(document["trust"], root, federation)
-        _by_any(named, purpose, content, bytes.fromhex(given))
-    except IntegrityError as error:
-        raise IntegrityError(f"{path}: does not vouch for {what} ({error}); {_AGAIN}") from error
-    except (*_DAMAGE, InvalidSignature, x509.InvalidVersion, UnsupportedAlgorithm) as error:
-        raise IntegrityError(f"{path}: is damaged ({type(error).__name__}); {_AGAIN}") from error
-    return Signer(federation, fingerprint(root))
-
-
-def _by_any(named: trust.Trust, purpose: str, content: bytes, given: bytes) -> None:
-    for place, key in enumerate(named.keys):
-        try:
-            signing.verify(key, purpose, content, given)
-        except IntegrityError:
-            if place == len(named.keys) - 1:
-                raise
-        else:
-            return
+def _approvals(path: Path, signer: Signer, bundle: str) -> tuple[str, ...]:
+    return approved_by(path, _document(path, path.read_bytes()), signer, bundle)
 
 
 def fingerprints(roots: tuple[str, ...]) -> tuple[str, ...]:

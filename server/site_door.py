@@ -57,7 +57,7 @@ class SiteDoor:
         self._federation, self._roster, self._archive = federation, roster, archive
         self._approvals = approvals
         self._exchange = exchange
-        self._deliveries = Deliveries(federation.folder)
+        self._deliveries = Deliveries(federation)
 
     def handle(self, request: Request) -> Response:
         """One request of the site `request.peer`."""
@@ -89,6 +89,7 @@ class SiteDoor:
             ("POST", wire.LEAVE, self._leave),
             ("POST", wire.MODELS, self._model),
             ("GET", wire.MODELS, self._model_file),
+            ("POST", wire.MODEL_APPROVALS, self._model_approved),
         ]
 
     def _poll(self, request: Request, site: str) -> Response:
@@ -274,11 +275,20 @@ class SiteDoor:
         """What a version of a model is, or that it was withdrawn; signed for this site's question."""
         document = _document(request)
         number, nonce = wire.field(document, "version", int), wire.field(document, "nonce", str)
-        if len(nonce) != 64 or number < 0:
-            raise InputError("a version from 0 and a nonce of 64 characters were expected")
+        if len(nonce) != 64 or number < -1:
+            raise InputError("a version from -1 and a nonce of 64 characters were expected")
         said = self._deliveries.said(request.path.removeprefix(wire.MODELS), number)
         key, name = self._federation.instruction_key, self._federation.config.name
         return json_response(delivery.state(key, name, site, nonce, said))
+
+    def _model_approved(self, request: Request, site: str) -> Response:
+        """Keep a site's approval of a version, signed with the identity key that it joined with."""
+        document = _document(request)
+        name, number = wire.field(document, "name", str), wire.field(document, "version", int)
+        signature, identity = wire.field(document, "signature", str), self._roster.identity(site)
+        approved = self._deliveries.approve(name, number, site, identity, signature)
+        _log.info("site %s: approves model %s@%d", site, name, number)
+        return json_response({"approved": list(approved)})
 
     def _model_file(self, request: Request, site: str) -> Response:
         """A file of a version, from a byte on."""

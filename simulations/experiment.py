@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from consortium.protocol.errors import ConsortiumError, InputError
+from consortium.protocol.metrics import SIZES
 from consortium.protocol.study import Study
 from consortium.protocol.vocabulary import check_strategy
 from consortium.server.records import Evaluation, Round
@@ -90,7 +91,7 @@ class Experiment:
         """The metric that the study is judged by, or the first that its task counts; "" where nothing is held out."""
         if self.study.metric:
             return self.study.metric
-        found = (name for trial in self.trials for name in trial.metrics if name != "n")
+        found = (name for trial in self.trials for name in trial.metrics if name not in SIZES)
         return next(found, "")
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from consortium.client.site import start
 from consortium.protocol.code import PRIVATE
 from consortium.protocol.errors import ConsortiumError, InputError
-from consortium.protocol.metrics import values
+from consortium.protocol.metrics import SIZES, values
 from consortium.protocol.sections import TASKS
 from consortium.simulations.baselines import OneRoom
 from consortium.strategies.base import Local
@@ -70,7 +70,7 @@ def check(room: OneRoom) -> None:
         raise InputError(f"{study.task}: 'metrics' gave something else than counts; {right}")
     found = values(counts)
     if study.metric and study.metric not in found:
-        counted = ", ".join(name for name in found if name != "n") or "nothing that gives one number"
+        counted = ", ".join(name for name in found if name not in SIZES) or "nothing that gives one number"
         raise InputError(
             f"evaluation.metric: got '{study.metric}', but the metrics of {study.task} counts {counted}; name one of "
             "these under [evaluation], or correct the code"

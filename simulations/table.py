@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from consortium.protocol.metrics import SIZES
 from consortium.protocol.sections import LOWER_IS_BETTER
 from consortium.simulations.experiment import Experiment
 
@@ -106,7 +107,7 @@ def metric_names(experiment: Experiment) -> list[str]:
         *(trial.metrics for trial in experiment.trials),
         *(b.pooled for b in experiment.baselines),
     ]:
-        found.update(dict.fromkeys(name for name in metrics if name != "n"))
+        found.update(dict.fromkeys(name for name in metrics if name not in SIZES))
     return sorted(found, key=lambda name: name != experiment.metric)
 
 

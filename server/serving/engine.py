@@ -74,6 +74,7 @@ def load(folder: Path, name: str, version: str, roots: tuple[str, ...], unsigned
     model = load_model(folder)
     sealed = seal.read(folder)
     seal.check_signer(folder, sealed, roots, unsigned)
+    seal.check_approved(folder, sealed)
     lineage = json.loads((folder / "lineage.json").read_bytes())
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     return Loaded(

@@ -16,7 +16,7 @@ from typing import Any
 from consortium.protocol import signing
 from consortium.protocol.errors import InputError, IntegrityError, RefusedError
 from consortium.protocol.files import write_private
-from consortium.server import seal
+from consortium.server import seal, vouching
 
 FORMAT = 1
 MODELS = "models"
@@ -42,7 +42,7 @@ def write(path: Path, gate: Mapping[str, Any], sign: Sign) -> None:
     write_private(path, seal.plain_json(document))
 
 
-def read(path: Path) -> tuple[dict[str, Any], seal.Signer]:
+def read(path: Path) -> tuple[dict[str, Any], vouching.Signer]:
     """A result, and who signed it.
 
     Raises:
@@ -63,7 +63,7 @@ def read(path: Path) -> tuple[dict[str, Any], seal.Signer]:
         ) from error
     if not sound:
         raise IntegrityError(f"{path}: is damaged (another spelling); gate the version again")
-    signer = seal.signer_of(path, signature, seal.plain_json(gate), federation, signing.GATE, "the gate")
+    signer = vouching.signer_of(path, signature, seal.plain_json(gate), federation, signing.GATE, "the gate")
     if document.get("format") != FORMAT:
         raise InputError(
             f"{path}: format {document.get('format')} is not known here; this version reads {FORMAT}"

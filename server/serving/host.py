@@ -222,6 +222,8 @@ class Watcher:
             numbers = [one for one in (shelf.champion, shelf.candidate) if one is not None]
             versions = {}
             for number in numbers:
+                if number != shelf.champion and not self._approved(name, shelf, number):
+                    continue  # a candidate waits for its approvals
                 try:
                     kept[name, number] = versions[str(number)] = self._version(name, shelf, number)
                 except ConsortiumError as error:
@@ -231,6 +233,11 @@ class Watcher:
             found[name] = Offered(versions.get(str(shelf.champion)), versions)
         self._loaded = kept
         return found
+
+    def _approved(self, name: str, shelf: Shelf, number: int) -> bool:
+        assert self._registry is not None
+        sealed = seal.read(self._registry.bundle(name, shelf, number))
+        return len(sealed.approved) >= sealed.required
 
     def _version(self, name: str, shelf: Shelf, number: int) -> Loaded:
         if self._loaded is not None and (name, number) in self._loaded:

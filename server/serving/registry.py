@@ -214,6 +214,7 @@ class Registry:
             shelf = promoted(before, number)
             assert shelf.champion is not None
             place = self.bundle(name, shelf, shelf.champion)
+            seal.check_approved(place, seal.read(place))
             if gate_file.of_federation(self.folder) and not ungated and shelf.champion != before.champion:
                 self._check_gate(name, before, shelf.champion, place)
             act = "promote ungated" if ungated else "promote"
@@ -226,6 +227,29 @@ class Registry:
         held = None if champion is None else champion.bundle
         root = None if signer is None else signer.root
         gate_file.check(self.folder, name, number, version.bundle, held, root)
+
+    def approve(self, name: str, number: int, site: str, change: Callable[[bytes], bytes]) -> tuple[str, ...]:
+        """Put a site's approval into a version's signature; the sites that have approved it then.
+
+        change: from the content of `signature.json` to the new one, which is kept only if it holds.
+
+        Raises:
+            InputError, IntegrityError: there is no such version, or the approval does not hold. Nothing has changed.
+        """
+        with self._changing() as state:
+            shelf = _shelf(state, name)
+            if shelf.version(number) is None:
+                raise InputError(f"model '{name}' has no version {number}")
+            path = self.bundle(name, shelf, number) / seal.SIGNATURE
+            before = path.read_bytes()
+            write_private(path, change(before))
+            try:
+                approved = seal.read(path.parent).approved
+            except IntegrityError:
+                write_private(path, before)
+                raise
+            self._keep(state, name, shelf, "approve", number, f"by site {site}")
+        return approved
 
     def gated(self, name: str, number: int, what: str) -> None:
         """Keep that a version was gated, and what came of it."""

@@ -33,6 +33,7 @@ def files(folder: Path, roots: tuple[str, ...], unsigned: bool, uri: str | None)
     content = verified(folder)
     sealed = seal.read(folder)
     seal.check_signer(folder, sealed, roots, unsigned)
+    seal.check_approved(folder, sealed)
     contract = json.loads(content[seal.CONTRACT])
     if ONNX not in content:
         raise InputError(f"{folder}: has no {ONNX}, which these engines serve")

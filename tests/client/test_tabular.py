@@ -263,6 +263,18 @@ def run(s: Study, task: Any, frame: pd.DataFrame, rounds: int = 1) -> tuple[list
     return answers, shared
 
 
+def test_a_site_says_how_many_persons_it_holds_out() -> None:
+    """With each count of examples, where the study names persons; nothing else does."""
+    frame = table(200).assign(id=[f"p{row // 4}" for row in range(200)])
+    s = study(data='person = "id"\nholdout = 0.5')
+    answers, _ = run(s, Classifier(s), frame)
+    found = values(answers[0].metrics)
+    assert found["n"] == 4 * found["persons"]
+    assert 0 < found["persons"] < 50
+    plain = study(data="holdout = 0.5")
+    assert "persons" not in run(plain, Classifier(plain), frame)[0][0].metrics
+
+
 @pytest.mark.parametrize("hidden", ["[]", "[8, 4]"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("classes", [2, 3])

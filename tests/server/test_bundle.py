@@ -8,13 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from typer.testing import CliRunner
 
-from consortium.protocol import cli
+from consortium.protocol import cli, delivery
 from consortium.protocol.errors import ConsortiumError, IntegrityError
 from consortium.protocol.metrics import reliability, score_histogram
-from consortium.server import lineage, load_model, seal
+from consortium.protocol.signing import APPROVAL, MEMBER, raw
+from consortium.protocol.signing import sign as signing_of
+from consortium.server import lineage, load_model, model_cli, seal, vouching
 from consortium.server.federation import Federation
 from consortium.server.records import Evaluation, Round
+from consortium.server.serving import engine
+from consortium.server.serving.registry import Registry
 
 NOW = 1_800_000_000.0
 
@@ -24,10 +30,10 @@ def founded(folder: Path, name: str = "north") -> Federation:
     return Federation.init(folder / name, name=name, host="localhost", now=NOW)
 
 
-def sign(folder: Path, federation: Federation) -> None:
+def sign(folder: Path, federation: Federation, approvals: int = 0) -> None:
     """Sign the bundle in a folder as a live run's export does."""
     files = json.loads((folder / "manifest.json").read_bytes())["files"]
-    manifest = seal.manifest(files, federation.config.name)
+    manifest = seal.manifest(files, federation.config.name, approvals)
     (folder / "manifest.json").write_bytes(manifest)
     (folder / "signature.json").write_bytes(seal.signature(federation.seal(manifest)))
 
@@ -64,6 +70,77 @@ def test_bundle_holds_all_that_serving_asks_for(exported: Path) -> None:
     assert "Nobody has stated the intended use" in card
     model = read["bom.cdx"]["metadata"]["component"]
     assert (model["type"], model["version"]) == ("machine-learning-model", read["contract"]["model"])
+
+
+def approve(folder: Path, federation: Federation, site: str, key: Ed25519PrivateKey | None = None) -> None:
+    """Put a site's approval in, as the site door does."""
+    key = key or Ed25519PrivateKey.generate()
+    identity = raw(key.public_key()).hex()
+    name = federation.config.name
+    text = delivery.approval(name, site, seal.read(folder).digest)
+    member = federation.seal(vouching.member_text(name, site, identity), MEMBER)
+    path = folder / "signature.json"
+    signature = signing_of(key, APPROVAL, text).hex()
+    path.write_bytes(seal.with_approval(path.read_bytes(), site, identity, signature, member))
+
+
+def test_a_bundle_is_used_only_with_as_many_approvals_as_it_asks_for(
+    signed: Path, federation: Federation, tmp_path: Path
+) -> None:
+    """Below it verify, serve and promote refuse, exit code 4, and say who is missing; any sites' approvals will do."""
+    root = federation.root_fingerprint
+    sign(signed, federation, approvals=2)
+    registry = Registry(tmp_path / "models", lambda: NOW)
+    registry.register(signed, "toy", lambda copy: str(load_model(copy, root=root).contract["model"]))
+    kept = tmp_path / "models" / "toy" / "1"
+    for _ in range(2):
+        for refused in (
+            lambda: engine.load(kept, "toy", "1", (root,), False),
+            lambda: registry.promote("toy", None),
+        ):
+            with pytest.raises(IntegrityError, match=r"signature\.json.* of 2 sites have approved"):
+                refused()
+        done = CliRunner().invoke(model_cli.model, ["verify", str(kept), "--root", root])
+        assert isinstance(done.exception, IntegrityError)
+        assert done.exception.exit_code == 4
+        approve(kept, federation, "site-2")  # the same site twice is one
+    approve(kept, federation, "site-1")
+    assert seal.read(kept).approved == ("site-1", "site-2")
+    engine.load(kept, "toy", "1", (root,), False)
+    assert registry.promote("toy", None).champion == 1
+
+
+def test_an_approval_counts_only_as_the_site_made_it(
+    signed: Path, federation: Federation, tmp_path: Path
+) -> None:
+    """Another bundle's, a key that the federation does not know, another federation's word, or a changed byte."""
+    sign(signed, federation, approvals=1)
+    path = signed / "signature.json"
+    bare = path.read_bytes()
+    approve(signed, founded(tmp_path / "other", federation.config.name), "site-1")
+    with pytest.raises(IntegrityError, match=r"signature\.json"):
+        seal.read(signed)
+    path.write_bytes(bare)
+    approve(signed, federation, "site-1")
+    whole = path.read_bytes()
+    begin = whole.index(b'"approvals"')
+    for place in range(begin, whole.index(b'"federation": "north",\n  "format"'), 11):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(IntegrityError, match=r"signature\.json"):
+            seal.read(signed)
+    given = json.loads(whole)["approvals"][0]
+    sign(signed, federation, approvals=2)  # another manifest
+    document = {**json.loads(path.read_bytes()), "approvals": [given]}
+    path.write_bytes(seal.plain_json(document))
+    with pytest.raises(IntegrityError, match="an approval does not hold"):
+        seal.read(signed)
+    path.write_bytes(bare)
+    imposter = given | {"site": "site-9"}
+    sign(signed, federation, approvals=1)
+    document = {**json.loads(path.read_bytes()), "approvals": [imposter]}
+    path.write_bytes(seal.plain_json(document))
+    with pytest.raises(IntegrityError, match="an approval does not hold"):
+        seal.read(signed)
 
 
 def test_one_changed_byte_anywhere_is_found(signed: Path, federation: Federation) -> None:
@@ -178,6 +255,26 @@ def test_small_cells_are_suppressed(finished: Any) -> None:
     judged = Evaluation(3, digest, {"accuracy": 0.5, "n": 9}, {})
     found = lineage.evaluation(finished.plan, replace(finished.outcome, evaluation=judged))
     assert found["pooled"] == {"suppressed": "fewer than 10 examples"}
+
+
+def test_many_rows_of_few_persons_are_few(finished: Any) -> None:
+    """A cell of nine persons is hidden however many rows they have, and bins of rows are not told at all."""
+    digest = finished.outcome.digest
+    persons = {"a": 9.0, "b": 50.0, "c": 40.0}
+    sites = {site: {"accuracy": 0.5, "n": 200.0, "persons": count} for site, count in persons.items()}
+    pooled = {"accuracy": 0.5, "n": 600.0, "persons": 99.0}
+    cells = ((100.0, 10.0, 10.0), (500.0, 400.0, 400.0))
+    judged = Evaluation(3, digest, pooled, sites, cells)
+    found = lineage.evaluation(finished.plan, replace(finished.outcome, evaluation=judged))
+    assert {site for site, values in found["sites"].items() if "accuracy" in values} == {"b"}
+    assert found["sites"]["a"] == {"suppressed": "fewer than 10 persons"}
+    assert found["calibration"] is None
+    of_persons = replace(finished.outcome, evaluation=judged)
+    assert lineage.reference(finished.plan, of_persons)["features"] == {}
+    assert lineage.reference(finished.plan, finished.outcome)["features"]
+    once = replace(judged, pooled={**pooled, "persons": 600.0})
+    found = lineage.evaluation(finished.plan, replace(finished.outcome, evaluation=once))
+    assert found["calibration"] is not None
 
 
 def test_calibration_is_that_of_the_examples() -> None:

@@ -155,6 +155,16 @@ def champion(one: Live, tmp_path_factory: pytest.TempPathFactory) -> Path:
     server, registry = one.folder / "server", one.folder / "server" / "models"
     wards.register(one, wards.bundle(one, tmp_path_factory.mktemp("first") / "model", 1))
     code, _, said = command(one, "model", "promote", "wards", "--registry", registry)
+    assert code == 4, said
+    assert "0 of 1 sites have approved" in said
+    site = ("--dir", one.home("site-2").folder)
+    code, out, said = command(one, "client", "model", "review", "wards", *site)
+    assert code == 0, said
+    assert "site-1, site-2, site-3" in out
+    code, out, said = command(one, "client", "model", "approve", "wards", *site, "--json")
+    assert code == 0, said
+    assert json.loads(out)["approved"] == ["site-2"]
+    code, _, said = command(one, "model", "promote", "wards", "--registry", registry)
     assert code == 3, said
     assert "has not been gated" in said
     code, out, said = command(one, "model", "gate", "wards", "--dir", server, "--minimum", "0.9", "--json")
@@ -182,6 +192,7 @@ def test_a_version_that_is_worse_at_one_site_is_not_promoted(
     assert "site site-3, group all" in failing
     assert "site site-3, group sex = F" in failing
     assert not any(site in line for line in failing for site in ("site-1", "site-2"))
+    assert command(one, "client", "model", "approve", "wards", "--dir", one.home("site-3").folder)[0] == 0
     code, _, said = command(one, "model", "promote", "wards", "--registry", registry)
     assert code == 3
     assert "did not pass its gate" in said

@@ -45,6 +45,8 @@ deadline = "1m"
 [evaluation]
 metric = "accuracy"
 groups = ["sex"]
+[export]
+approvals = 1
 """
 SITES = ("site-1", "site-2", "site-3")
 
