@@ -38,27 +38,37 @@ def gate(
 
     Example: consortium model gate lung --dir fed --margin 0.01
     """
-    from consortium.protocol.errors import ConsortiumError, RefusedError
-    from consortium.server.admin_client import connect, name_in_path
+    from consortium.protocol.errors import RefusedError
+    from consortium.server.admin_client import connect
     from consortium.server.serving.registry import split
 
     name, number = split(which)
-    admin, path = connect(folder, server), f"/v1/models/{name_in_path(name)}/gate"
-    stand = admin.post(path, version=number, margin=margin, minimum=minimum)
-    stand = _over(admin, path, stand)
-    if stand["state"] == "failed":
-        raise ConsortiumError(f"{name}@{stand['version']}: {stand['error']}")
-    result = stand["result"]
+    result = judged(connect(folder, server), name, number, margin, minimum)
     typer.echo(json.dumps(result, indent=2) if as_json else _said(result))
     if not result["passed"]:
-        raise RefusedError(f"{name}@{stand['version']}: did not pass; it cannot be promoted")
+        raise RefusedError(f"{name}@{result['version']}: did not pass; it cannot be promoted")
 
 
-def _over(admin: Admin, path: str, stand: dict[str, Any]) -> dict[str, Any]:
+def judged(
+    admin: Admin, name: str, number: int | None, margin: float = 0.01, minimum: float | None = None
+) -> dict[str, Any]:
+    """Gate a version, the candidate where none is named, and wait for the result.
+
+    Raises:
+        ConsortiumError: there is none.
+    """
+    from consortium.protocol.errors import ConsortiumError
+    from consortium.server.admin_client import name_in_path
+
+    path = f"/v1/models/{name_in_path(name)}/gate"
+    stand = admin.post(path, version=number, margin=margin, minimum=minimum)
     while stand["state"] == "running":
         time.sleep(LOOK_EVERY)
         stand = admin.get(path)
-    return stand
+    if stand["state"] == "failed":
+        raise ConsortiumError(f"{name}@{stand['version']}: {stand['error']}")
+    found: dict[str, Any] = stand["result"]
+    return found
 
 
 def _said(result: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.study import Study
 from consortium.server.study_cli import line
-from consortium.simulations.deployment import federation
+from consortium.simulations.deployment import Federation, federation
 from consortium.simulations.hospitals import PERSON, RANGES, TARGET, patients, write_hospitals
 from consortium.simulations.programs import Programs
 
@@ -86,7 +86,7 @@ class Demo:
 def run_demo(folder: Path, study: Study, sites: int, say: Say, *, serve: bool = False) -> Demo:
     """Run a study of `hospitals.study_of` live over `sites` made-up hospitals in a new folder under `folder`.
 
-    say: called with a line of progress. serve: go on, and serve the model.
+    say: called with a line of progress. serve: go on: gate the model, and serve it at a site.
 
     Raises:
         InputError: the folder cannot be written.
@@ -109,25 +109,22 @@ def run_demo(folder: Path, study: Study, sites: int, say: Say, *, serve: bool = 
             for one in live.events(study):
                 say(line(one))
             shown = live.admin.get(f"/v1/studies/{study.name}")
+            served = _served(live, Path(shown["model"]), next(iter(hospitals)), say) if serve else None
     say("all processes ended; a fresh process loads the exported model and predicts raw rows")
     results = Path(shown["model"]).parent
     result = json.loads((results / "result.json").read_text(encoding="utf-8"))
     predictions = _predict(results / "model", own)
-    served = None
-    if serve:
-        say("the model is registered, promoted and served over TLS; a client asks it for predictions")
-        served = _served(own, results / "model")
     done = _demo(own, results, result, *compared, predictions, time.monotonic() - started)
     return replace(done, served=served)
 
 
-def _served(folder: Path, model: Path) -> Answers:
-    """What the served model says of the rows that the fresh process predicted."""
+def _served(live: Federation, model: Path, site: str, say: Say) -> Answers:
+    """What the model, served at a site, says of the rows that the fresh process will predict."""
     from consortium.simulations.demo_serving import serve
 
     some = patients().groupby(TARGET).head(PREDICTED // 2)
     rows = [{name: float(row[name]) for name in RANGES} for _, row in some.iterrows()]
-    return serve(folder, model, rows)
+    return serve(live, model, site, rows, say)
 
 
 def new_folder(folder: Path) -> Path:

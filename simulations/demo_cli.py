@@ -19,7 +19,9 @@ def demo(
     ),
     sites: Annotated[int, typer.Option(min=2, max=16, help="How many hospitals.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="How many rounds.")] = 10,
-    serve: Annotated[bool, typer.Option("--serve", help="Go on: serve the model, and ask it.")] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Go on: gate the model, serve it at a site, ask it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """A whole federation on this machine, from certificates to a served model.
@@ -81,12 +83,14 @@ def _answers(done: Demo) -> list[str]:
     asked = zip(done.predictions, served.probabilities, strict=True)
     return [
         "",
+        f"Gated at {', '.join(served.gate['sites'])}, promoted, pulled by {served.site} and served there.",
         f"Served over TLS as {served.version}: {len(served.probabilities)} rows in {served.seconds * 1e3:.0f} ms, "
         f"prediction {served.prediction}",
         *(f"  {person}  {value:.3f}" for (person, _, _), value in asked),
         f"made by {len(served.lineage['rounds'])} rounds of {', '.join(served.lineage['sites'])};",
         f"signed by federation '{served.lineage['federation']}', bundle {served.bundle[:16]}",
-        f"Serve it again: consortium model serve {served.registry} --dir {done.folder / 'serving'} --root ROOT",
+        f"Serve it again: consortium client model serve {served.version.partition('@')[0]} --dir "
+        f"{done.folder / 'clients' / served.site}",
     ]
 
 

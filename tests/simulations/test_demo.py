@@ -147,6 +147,8 @@ def test_the_whole_demonstration(tmp_path: Path) -> None:
     assert done.served.lineage["model"] == done.digest
     assert done.served.version == "breast-cancer-demo@1"
     assert "Served over TLS as breast-cancer-demo@1: 6 rows" in page
+    assert done.served.gate["passed"]
+    assert done.served.gate["sites"] == ["hospital-1", "hospital-2", "hospital-3"]
     root = fingerprint(chain_in(done.folder / "server" / "root.pem")[0])
     came = json.loads((load_model(done.model, root=root).path / "lineage.json").read_text())
     assert came["sites"] == ["hospital-1", "hospital-2", "hospital-3"]
