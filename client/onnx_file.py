@@ -2,12 +2,24 @@
 
 Inputs and outputs get their own names, text columns their codes, and nothing of the machine that wrote it stays in the
 file; the same model gives the same bytes.
+
+The file is one message of Protocol Buffers, which their library would hold several times over: as the message's own
+copy of all weights, and as its bytes. So large weights are left out of the message, and stand in the file's pieces as
+the model itself has them in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LARGE = 1 << 20
+"""Bytes of a weight from which on it is not copied."""
+
+Piece = bytes | memoryview
 
 ML_OPSET = 4
 """Of the operators of classical machine learning, `ai.onnx.ml`; it came with opset 20."""
@@ -26,8 +38,9 @@ def onnx_file(
     inputs: Sequence[Mapping[str, Any]],
     outputs: Sequence[Mapping[str, Any]],
     labels: Mapping[str, str],
-) -> bytes:
-    """The file of a `torch.onnx.ONNXProgram`, whose inputs and outputs are in the order given.
+) -> list[Piece]:
+    """The pieces, one after the other, of the file of a `torch.onnx.ONNXProgram`; its inputs and outputs are in the
+    order given.
 
     labels: what the file says of itself, readable as the metadata of an onnxruntime session.
     """
@@ -49,12 +62,81 @@ def onnx_file(
             _encode(ir, graph, place, one)
     if any(one["kind"] == "categorical" for one in inputs):
         program.model.opset_imports["ai.onnx.ml"] = ML_OPSET
+    large = _large(ir, graph)
     proto = ir.to_proto(program.model)
     _strip(proto)
     proto.producer_name, proto.producer_version = "pytorch", torch.__version__
     for key, text in sorted(labels.items()):
         proto.metadata_props.add(key=key, value=text)
-    written: bytes = proto.SerializeToString(deterministic=True)
+    return _pieces(proto, large)
+
+
+def _large(ir: Any, graph: Any) -> dict[str, NDArray[Any]]:
+    """The large weights of a graph by name, each of which gets one without numbers in its place."""
+    found = {}
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if (
+            tensor is None
+            or tensor.nbytes < LARGE
+            or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+        ):
+            continue
+        array = np.ascontiguousarray(tensor.numpy())
+        found[name] = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        value.const_value = ir.Tensor(np.empty(0, array.dtype), name=name)
+    return found
+
+
+def _pieces(proto: Any, large: Mapping[str, NDArray[Any]]) -> list[Piece]:
+    """A model's bytes with its fields in ascending order, as the library writes them."""
+    if not large:
+        return [_bytes(proto)]
+    weights: list[Piece] = []
+    for one in proto.graph.initializer:
+        array = large.get(one.name)
+        data: Piece = b""
+        if array is not None:
+            one.ClearField("raw_data")
+            del one.dims[:]
+            one.dims.extend(array.shape)
+            data = array.reshape(-1).view(np.uint8).data
+        content = _bytes(one)
+        if array is not None:  # it is the last field that is there
+            content += _begin(_RAW_DATA, len(data))
+        weights += [_begin(_INITIALIZER, len(content) + len(data)) + content, data]
+    graph = [*_around(proto.graph, _INITIALIZER, weights)]
+    return _around(proto, _GRAPH, [_begin(_GRAPH, sum(map(len, graph))), *graph])
+
+
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+"""Numbers of the fields ModelProto.graph, GraphProto.initializer, TensorProto.raw_data (onnx.proto)."""
+
+
+def _around(message: Any, number: int, within: Sequence[Piece]) -> list[Piece]:
+    """The bytes of a message, with `within` in place of the field of that number. The message loses its fields."""
+    after = type(message)()
+    after.CopyFrom(message)
+    for field, _ in message.ListFields():
+        if field.number >= number:
+            message.ClearField(field.name)
+    for field, _ in after.ListFields():
+        if field.number <= number:
+            after.ClearField(field.name)
+    return [_bytes(message), *within, _bytes(after)]
+
+
+def _begin(number: int, length: int) -> bytes:
+    """How a field of `length` bytes begins: number and wire type 2, then the length as a varint."""
+    out = bytearray([number << 3 | 2])
+    while length > 0x7F:
+        out.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([*out, length])
+
+
+def _bytes(message: Any) -> bytes:
+    written: bytes = message.SerializeToString(deterministic=True)
     return written
 
 

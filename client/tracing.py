@@ -51,9 +51,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Traced:
-    """A graph, what goes in and comes out (as `contract.json` says it), and probes at the sizes of `BATCHES`."""
+    """A graph, what goes in and comes out (as `contract.json` says it), and probes at the sizes of `BATCHES`.
 
-    onnx: bytes
+    onnx: the pieces of its file; large ones are the module's own memory.
+    """
+
+    onnx: Sequence[bytes | memoryview]
     inputs: Sequence[Mapping[str, Any]]
     outputs: Sequence[Mapping[str, Any]]
     probes: Sequence[Probe]

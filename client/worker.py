@@ -111,11 +111,11 @@ def _initial(study: Study, folder: Path, control_variates: bool) -> None:
 
     task = task_of(study)
     net = _resident(study, task, control_variates)
-    vector = net.vector("shared")
+    vector = net.arrays["shared"]
     if not np.isfinite(vector).all():
         raise InputError(f"{study.task}: the initial model holds NaN or infinite numbers")
     about = {"study": study.digest, "model": digest_of([vector]), "prepares": bool(task.prepares)}
-    _write(folder, "initial.bin", vector.tobytes())
+    vector.tofile(folder / "initial.bin")
     _write(folder, "layout.json", canonical(net.layout.document()))
     _write(folder, "task.json", canonical(about))
 
@@ -145,7 +145,8 @@ def _export(study: Study, folder: Path, control_variates: bool) -> None:
     del tensors, shared
     if "onnx" in study.export.formats:
         traced = trace(task, net.module, sums, labels)
-        _write(folder, "model.onnx", traced.onnx)
+        with (folder / "model.onnx").open("wb") as file:
+            file.writelines(traced.onnx)
         _write(folder, "signature.json", signature_document(traced).encode())
         for rows, probe in zip(BATCHES, traced.probes, strict=True):
             arrays = {f"input/{name}": value for name, value in probe.inputs.items()}

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from consortium.protocol.files import write_private
 from consortium.server.records import Evaluation, Outcome, Plan, Round, RunState
 
 FORMAT = 1
+MODEL = "model.npy"
 
 
 def document(one: Round | Evaluation) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def _line(one: Mapping[str, Any]) -> str:
 
 def write(folder: Path, plan: Plan, outcome: Outcome) -> None:
     """The result; `result.json` comes last and whole, so whoever sees it has everything else."""
-    with (folder / "model.npy").open("wb") as file:
+    with (folder / MODEL).open("wb") as file:
         np.save(file, outcome.model, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())
@@ -85,3 +86,10 @@ def write(folder: Path, plan: Plan, outcome: Outcome) -> None:
     }
     content = json.dumps(found, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_private(folder / "result.json", content.encode())
+
+
+def laid_down(folder: Path, outcome: Outcome) -> Outcome:
+    """An outcome that was written, its model mapped from the file; nothing else of its state that is large is held."""
+    model = np.load(folder / MODEL, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    state = replace(outcome.state, model=model, control=None, optimizer={}, best=None)
+    return replace(outcome, model=model, state=state)

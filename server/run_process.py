@@ -106,11 +106,12 @@ def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
                 interrupted=clients.interrupted(),
                 begins=clients.begins,
             )
-    give_freed_memory_back()  # what follows needs other memory, and is done once
     (folder / INITIAL).unlink(missing_ok=True)
     results.write(folder, plan, outcome)
     if outcome.status == "failed":
         return outcome.status, outcome.why
+    outcome = results.laid_down(folder, outcome)
+    give_freed_memory_back()  # what follows needs other memory, and is done once
     exported = _exported(link, plan, outcome, folder)
     return outcome.status, "; ".join(text for text in (outcome.why, exported) if text)
 

@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from consortium.client import tracing, worker
+from consortium.client import onnx_file, tracing, worker
 from consortium.client.site import start
 from consortium.protocol.code import load
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
@@ -158,7 +158,7 @@ def test_file_is_the_same_in_every_process_and_names_no_machine(exported: Path, 
     net.load(finished.outcome.model, None)
     again = tracing.trace(finished.task, net.module, finished.outcome.state.statistics, labels)
     written = (exported / "model.onnx").read_bytes()
-    assert again.onnx == written
+    assert b"".join(again.onnx) == written
     assert not any(
         word in written for word in (b".py", b"site-packages", str(Path.cwd()).encode(), b"stack_trace")
     )
@@ -183,12 +183,24 @@ def test_graph_that_bakes_in_its_example_is_refused(
     assert "forward" not in capfd.readouterr().err
 
 
+def test_large_weights_stand_in_the_file_as_the_library_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes, whether weights are copied into the message or not."""
+    copied = traced(own(tmp_path, "Normed", "shape = [1, 8, 8]"))
+    assert len(copied.onnx) == 1
+    monkeypatch.setattr(onnx_file, "LARGE", 60)
+    left_out = traced(own(tmp_path, "Normed", "shape = [1, 8, 8]"))
+    assert sum(isinstance(piece, memoryview) for piece in left_out.onnx) >= 2
+    assert b"".join(left_out.onnx) == copied.onnx[0]
+
+
 def test_own_task_is_one_tensor(tmp_path: Path, plain: tracing.Traced) -> None:
     """A task that says nothing of its inputs takes one tensor: of the first layer's width, or the study's shape."""
     assert [(one["name"], one["shape"]) for one in plain.inputs] == [("input", [4])]
     convolution = traced(own(tmp_path, "Normed", "shape = [1, 8, 8]"))
     assert convolution.inputs[0]["shape"] == [1, 8, 8]
-    session = onnxruntime.InferenceSession(convolution.onnx)
+    session = onnxruntime.InferenceSession(b"".join(convolution.onnx))
     for rows, probe in zip((1, 4, 17), convolution.probes, strict=True):
         (found,) = session.run(None, dict(probe.inputs))
         assert found.shape == (rows, 3)
@@ -221,16 +233,16 @@ def test_parity_refuses_what_differs(tmp_path: Path, plain: tracing.Traced, chan
     """Another answer, another shape, or NaN at any batch size is a failed export."""
     outputs = list(plain.outputs)
     probes(tmp_path, plain, lambda a: a)
-    assert parity(plain.onnx, outputs, tmp_path) < 1e-6
+    assert parity(b"".join(plain.onnx), outputs, tmp_path) < 1e-6
     probes(tmp_path, plain, change)
     with pytest.raises(ConsortiumError, match=reason):
-        parity(plain.onnx, outputs, tmp_path)
+        parity(b"".join(plain.onnx), outputs, tmp_path)
 
 
 def test_parity_without_probes_is_refused(tmp_path: Path, plain: tracing.Traced) -> None:
     """A worker that left nothing to compare with has proved nothing."""
     with pytest.raises(ConsortiumError, match="no probes"):
-        parity(plain.onnx, [], tmp_path)
+        parity(b"".join(plain.onnx), [], tmp_path)
 
 
 def test_refusal_in_the_worker_reaches_us_and_nothing_is_written(tmp_path: Path, finished: Any) -> None:
