@@ -92,6 +92,9 @@ class Archive:
         self.recorded: Callable[[], None] = lambda: None
         """Returns once the audit log of what led to a commit is on the disk."""
         self.told: Callable[[], None] = lambda: None
+        # what a round is about to publish is noted before it is committed; what a study has published
+        self.released: Callable[[str, Study, Mapping[str, Any]], None] = lambda *_: None
+        self.published: Callable[[str], dict[str, Any] | None] = lambda _: None
         """Called when there are new events."""
         self._sweep()
 

@@ -170,6 +170,9 @@ class Conversation:
         sha256, events = wire.field(document, "sha256", str), wire.field(document, "events", list)
         if any(not isinstance(e, dict) or e.get("kind") not in ("round", "evaluation") for e in events):
             raise self._wrong("reports what is neither round nor evaluation")
+        for event in events:
+            if event["kind"] == "round":
+                self._archive.released(self._run, self._study, event)
         self._archive.commit(self._run, *at, files[0], sha256, events)
         self._exchange.forget(self._run)
         self.commits += 1

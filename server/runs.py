@@ -223,6 +223,7 @@ class Runs:
                         "last_round": None,
                         "evaluation": None,
                         "model": None,
+                        "privacy": None,
                         "round": 0,
                         "rounds": 0,
                     }
@@ -244,7 +245,8 @@ class Runs:
         model = str(folder / MODEL) if (folder / MODEL).is_dir() else None
         evaluation = _result(folder).get("evaluation") or history.evaluation
         about = {**self._about(run), "last_round": history.moved}
-        return {**about, "sites": sites, "evaluation": evaluation, "model": model}
+        privacy = self._archive.published(run.study)
+        return {**about, "sites": sites, "evaluation": evaluation, "model": model, "privacy": privacy}
 
     def events(self, name: str, after: int, seconds: float) -> dict[str, Any]:
         """Events of a study's latest run, or of the run of that name, with numbers above `after`; waits up to so many

@@ -39,6 +39,7 @@ from consortium.server.roster import Roster
 from consortium.server.runs import Runs
 from consortium.server.site_door import SiteDoor
 from consortium.server.store import Store
+from consortium.server.study_ledger import StudyLedger
 
 HOUSEKEEPING = 5.0
 """Seconds between two looks at what expires."""
@@ -63,6 +64,8 @@ class Server:
         self.audit = Keeper(federation, self.archive)
         self.archive.recorded, self.archive.told = self.audit.flush, self.audit.follow
         self.note, self.refused = self.audit.note, self.audit.refused
+        ledger = StudyLedger(self.audit.log)
+        self.archive.released, self.archive.published = ledger.note, ledger.spent
         self.roster = Roster(self.store, note=self.note)
         spool = folder / "spool"
         spool.mkdir(mode=0o700, exist_ok=True)

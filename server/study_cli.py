@@ -299,6 +299,12 @@ def _page(said: dict[str, Any]) -> str:
     if said["evaluation"]:
         known = [f"{k} {v:.4f}" for k, v in said["evaluation"]["pooled"].items() if v is not None]
         lines.append(f"metrics     {', '.join(known)} (model after round {said['evaluation']['round']})")
+    if told := said.get("privacy"):
+        epsilon = "no bound" if told["epsilon"] is None else f"epsilon {told['epsilon']:.3f}"
+        lines.append(
+            f"privacy     {told['releases']} noised rounds published, all runs together: {epsilon} at delta "
+            f"{told['delta']:g} per {told['unit']} ({told['relation']}; {told['sampling']})"
+        )
     if said["model"]:
         lines += [f"model       {said['model']}", "", f"Next: consortium model show {said['model']}"]
     return "\n".join(lines)
