@@ -88,7 +88,7 @@ class Site:
         return Study.parse(STUDY, folder=self.folder / "code")
 
     def started(self) -> WorkerProcess:
-        source = {"path": str(self.folder / "snapshot/data.npy"), "mapping": {}, "key": "00" * 16}
+        source = {"path": str(self.folder / "snapshot/data.npy"), "mapping": {}, "key": "00" * 16, "gaps": []}
         about: dict[str, object] = {
             "study": STUDY,
             "code": str(self.folder / "code"),
