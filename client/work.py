@@ -315,8 +315,10 @@ class SiteWork:
 
     def _forget(self, run: str) -> None:
         """Remove what `client/store.py` keeps of a run."""
-        for path in self._home.state.glob(f"{place_of(self._home.state, run).name}*"):
-            erase(path)
+        name = place_of(self._home.state, run).name
+        for pattern in (f"{name}*", f".{name}*"):  # the second: what a killed worker had only begun to write
+            for path in self._home.state.glob(pattern):
+                erase(path)
 
     def tidy(self, recent: Callable[[str], bool]) -> None:
         """End idle workers, remove copies of runs that ask nothing any more."""
