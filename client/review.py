@@ -85,6 +85,13 @@ def leaves(study: Study) -> list[str]:
     """What this study lets leave the site: kinds and releases."""
     control = " and control variates of the same size" if study.strategy.name == "scaffold" else ""
     counts = f"counts for the metrics of each round's model{f' ({study.metric})' if study.metric else ''}"
+    if study.app is not None:
+        return [
+            "each message: whatever the app's ClientApp puts into its reply, arrays, metrics and settings, of about as "
+            "many bytes as it was sent; nothing clips, noises or checks them",
+            "the app controls what leaves: read its ClientApp, the sandbox does not keep records in",
+            "its ServerApp decides how many messages there are: of training, at most one a round",
+        ]
     found = [f"each round: an update of the model's shared weights{control}, and its weight, at most "
              f"{study.cohort.max_weight:g}", f"each round: {counts}"]  # fmt: skip
     if study.built_in:
@@ -100,6 +107,8 @@ def leaves(study: Study) -> list[str]:
 def privacy(study: Study) -> str:
     """The study's privacy in words."""
     one = study.privacy
+    if study.app is not None:
+        return "none: a Flower app's replies are not noised; no differential privacy, no secure aggregation"
     if one.mechanism == "none":
         return "none: updates and counts are not noised and may reveal records"
     return (
@@ -158,9 +167,10 @@ def _imports(bundle: Bundle) -> Iterator[tuple[str, int, str]]:
 
 def _runs(study: Study) -> str:
     longest = study.rounds * study.cohort.deadline
+    strategy = study.strategy.name if study.app is None else f"that of its ServerApp {study.app.serverapp}"
     return (
         f"{study.rounds} rounds with at least {study.cohort.min_sites} sites, {longest / 3600:.1f} hours at the longest"
-        f"; strategy {study.strategy.name}, from {study.cohort.approvals} approvals on"
+        f"; strategy {strategy}, from {study.cohort.approvals} approvals on"
     )
 
 

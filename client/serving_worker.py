@@ -2,8 +2,8 @@
 
 It speaks over the socket that it was started with (`protocol/local.py`). First it is told what it works on:
 
-    {"study": text, "code": folder or "", "site": name, "source": {"path", "mapping", "key": hex}, "state": folder,
-     "key": hex, "epoch": int, "judges": whether models are judged that the server sends}
+    {"study": text, "app": "flower" or nothing, "code": folder or "", "site": name, "source": {"path", "mapping",
+     "key": hex}, "state": folder, "key": hex, "epoch": int, "judges": whether models are judged that the server sends}
 
 A study that brings code is worked on only by a process that was confined (`protocol/confined.py`), or whose operator
 approved it without.
@@ -28,7 +28,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,6 +45,9 @@ from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.strategies.chosen import strategy_of
 
+if TYPE_CHECKING:
+    from consortium.client.flower_app import AppWorker
+
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """What a disk says that is full, read-only or broken; other errors come of what is read, a study's code among it."""
 LONGEST_REASON = 2000
@@ -59,9 +62,11 @@ def serve(descriptor: int, confine: Callable[[], None]) -> int:
     _confine()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     connection = socket.socket(fileno=descriptor)
-    worker: Worker | None = None
+    worker: Worker | AppWorker | None = None
     try:
         about, _ = local.receive(connection)
+        if about.get("app"):
+            import consortium.client.flower_app  # noqa: F401 - likewise
         if about.get("judges"):
             import onnxruntime  # noqa: F401 - before it is confined
         confine()
@@ -71,7 +76,7 @@ def serve(descriptor: int, confine: Callable[[], None]) -> int:
             question, files = local.receive(connection)
             content: list[int] = []
             try:
-                worker = worker or Worker(about)
+                worker = worker or _worker(about)
                 run, asked, model = (str(question[name]) for name in ("run", "header", "model"))
                 header, content = worker.reply(run, asked.encode(), model, files)
                 reply = {"header": header.decode()}
@@ -95,10 +100,18 @@ def serve(descriptor: int, confine: Callable[[], None]) -> int:
         return 0
 
 
-def _warm(about: Mapping[str, Any]) -> Worker | None:
+def _worker(about: Mapping[str, Any]) -> Worker | AppWorker:
+    if not about.get("app"):
+        return Worker(about)
+    from consortium.client.flower_app import AppWorker
+
+    return AppWorker(about)
+
+
+def _warm(about: Mapping[str, Any]) -> Worker | AppWorker | None:
     """A worker with its data loaded; None where that cannot be: the first instruction will say why."""
     try:
-        worker = Worker(about)
+        worker = _worker(about)
         worker.warm()
     except ConsortiumError:
         return None

@@ -167,6 +167,11 @@ def task_of(study: Study) -> Task:
     Raises:
         InputError: the study's code has no such class, or it is not a `Task`.
     """
+    if study.app is not None:
+        raise InputError(
+            f"study '{study.name}': is a Flower app, which has no task of ours; it runs in a federation "
+            "(consortium study submit), or in Flower's own simulation (flwr run)"
+        )
     made = load(study.task, study.folder)
     if not (isinstance(made, type) and issubclass(made, Task)):
         raise InputError(

@@ -238,6 +238,8 @@ class SiteWork:
         given.bundle.unpack(place / "code")
         state = private_folder(place_of(private_folder(self._home.state), given.about.run))
         told = {"code": str(place / "code"), "state": str(state), **judges}
+        if given.study.app is not None:
+            told["app"] = "flower"
         if why:
             _log.warning("run %s: its code runs without a sandbox, as the operator allowed", given.about.run)
             return told, None

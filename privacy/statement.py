@@ -82,6 +82,11 @@ def releases(study: Study) -> dict[str, list[str]]:
     asked, none = study.privacy, study.privacy.mechanism == "none"
     accounted: list[str] = []
     declared: list[str] = []
+    if study.app is not None:
+        whatever = (
+            "whatever the app's ClientApp puts into its replies: arrays, metrics, settings, without noise"
+        )
+        return {"accounted": [], "not_covered": [whatever, _ANSWERED]}
     if none:
         declared += ["updates of shared weights, each round, without noise"]
         declared += ["the number of training rows of each site, as the update's weight, each round"]
@@ -97,9 +102,11 @@ def releases(study: Study) -> dict[str, list[str]]:
         declared += [_JUDGED]
         if study.evaluation.select == "best":
             declared += ["the choice of the best round, made by these evaluations"]
-    declared += ["whether a site answered, when, and its reason where it did not"]
+    declared += [_ANSWERED]
     return {"accounted": accounted, "not_covered": declared}
 
+
+_ANSWERED = "whether a site answered, when, and its reason where it did not"
 
 _OWN_SUMS = "sums over the training rows for preprocessing, where the study's own task asks for them, once"
 

@@ -49,8 +49,8 @@ dependencies = []
 publisher = "consortium"
 
 [tool.flwr.app.components]
-serverapp = "consortium.server.app:app"
-clientapp = "consortium.client.app:app"
+serverapp = "{serverapp}"
+clientapp = "{clientapp}"
 
 [tool.consortium]
 format = {format}
@@ -129,7 +129,7 @@ def build(path: Path) -> Bundle:
             installed.
     """
     study = Study.load(path)
-    made = of(study, code.files((study.task, study.strategy.name), study.folder))
+    made = of(study, code.files(study.references, study.folder))
     made.check_needs()
     return made
 
@@ -221,7 +221,10 @@ def _members(content: bytes) -> dict[str, bytes]:
 
 def _packed(study: Study, files: Mapping[str, bytes]) -> bytes:
     imports = ", ".join(f'"{name}"' for name in _imports(files))
-    project = _PROJECT.format(name=study.name, format=FORMAT, imports=imports)
+    apps = {"serverapp": "consortium.server.app:app", "clientapp": "consortium.client.app:app"}
+    if study.app is not None:
+        apps = {"serverapp": study.app.serverapp, "clientapp": study.app.clientapp}
+    project = _PROJECT.format(name=study.name, format=FORMAT, imports=imports, **apps)
     members = {"pyproject.toml": project.encode(), "study.toml": study.text.encode(), **files}
     lines = [
         f"{path},{hashlib.sha256(text).hexdigest()},{len(text) * 8}" for path, text in sorted(members.items())

@@ -17,6 +17,7 @@ from consortium.protocol.sections import (
     REGRESSOR,
     TASKS,
     About,
+    App,
     Categorical,
     Cohort,
     Data,
@@ -59,11 +60,33 @@ def _models(task: object) -> tuple[dict[str, type[Section]], list[Problem]]:
     return sections, problems
 
 
+APART = ("data", "model", "training", "strategy", "evaluation", "privacy", "export")
+"""Sections that a Flower app decides by itself."""
+
+
+def _of_app(document: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Problem]]:
+    """The document of a study of a Flower app as one of a task, its clientapp; and what does not go with an app."""
+    app, about = document.get("app"), document.get("study", {})
+    if not isinstance(app, Mapping) or not isinstance(about, Mapping):
+        return document, []
+    right = "not with [app]: a Flower app decides that itself; its own settings stand in app.config"
+    problems = [Problem(name, _short(document[name]), right) for name in APART if name in document]
+    if "task" in about:
+        problems.append(Problem("study.task", _short(about["task"]), "not with [app], whose clientapp it is"))
+    for key in ("serverapp", "clientapp"):
+        if str(app.get(key, "")).startswith("consortium."):
+            problems.append(Problem(f"app.{key}", _short(app[key]), "module:name in the study's own code"))
+    kept = {name: section for name, section in document.items() if name not in APART}
+    return {**kept, "study": {**about, "task": app.get("clientapp", "")}}, problems
+
+
 def check(document: Mapping[str, Any]) -> tuple[list[Problem], dict[str, Section]]:
     """Every problem of a study document, and its sections: complete and valid where there is no problem."""
+    document, found = _of_app(document)
     about = document.get("study")
     models, problems = _models(about.get("task") if isinstance(about, Mapping) else None)
-    known = ("format", *models)
+    problems += found
+    known = ("format", *models, "app")
     if document.get("format") != FORMAT:
         got = repr(document.get("format", "nothing"))
         problems.insert(0, Problem("format", got, f"format = {FORMAT} would be right"))
@@ -73,6 +96,8 @@ def check(document: Mapping[str, Any]) -> tuple[list[Problem], dict[str, Section
         problems.append(Problem(key, _short(document[key]), right))
     problems += [Problem(key, "", "no such section") for key in strange[MOST_SHOWN:]]
     sections: dict[str, Section] = {}
+    if "app" in document:
+        models = {**models, "app": App}
     for name, model in models.items():
         section, found = _section(name, model, document.get(name, {}))
         problems += found

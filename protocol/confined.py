@@ -21,7 +21,7 @@ from typing import Any
 from consortium.protocol import sandbox
 from consortium.protocol.errors import ConsortiumError
 
-PROGRAMS = ("consortium.client.worker", "consortium.server.own_rounds")
+PROGRAMS = ("consortium.client.worker", "consortium.server.own_rounds", "consortium.server.flower_run")
 TOLD = 20
 """How many files outside its places the log names that the study's code asked for."""
 

@@ -58,9 +58,17 @@ class About(Section):
     """[study]"""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
-    task: Reference
+    task: Reference  # of a Flower app, its clientapp
     rounds: Annotated[int, Field(ge=1, le=1_000_000)]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class App(Section):
+    """[app]: a Flower app in place of a task. config: its run config; rounds, sites and deadlines are the study's."""
+
+    serverapp: Reference
+    clientapp: Reference
+    config: Annotated[dict[str, bool | int | float | str], Field(max_length=1000)] = {}
 
 
 class Numeric(Section):

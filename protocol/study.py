@@ -25,6 +25,7 @@ from consortium.protocol.nesting import deepest
 from consortium.protocol.sections import (
     FORMAT,
     TASKS,
+    App,
     Cohort,
     Evaluation,
     Export,
@@ -64,6 +65,7 @@ class Study(BaseModel):
     evaluation: Evaluation
     privacy: Privacy
     export: Export
+    app: App | None = None
     _text: str = PrivateAttr(default="")
     _folder: Path | None = PrivateAttr(default=None)
     _code: dict[str, str] = PrivateAttr(default_factory=dict)  # SHA-256 by path of the study's own files
@@ -128,6 +130,12 @@ class Study(BaseModel):
         return self.task in TASKS and not own_code.is_own(self.strategy.name)
 
     @property
+    def references(self) -> tuple[str, ...]:
+        """What the study names of code, its own or Consortium's."""
+        app = (self.app.serverapp,) if self.app is not None else ()
+        return (self.task, self.strategy.name, *app)
+
+    @property
     def code(self) -> Mapping[str, str]:
         """SHA-256 (hex) of the study's own files by path; empty where it has none, or where they are not at hand."""
         return self._code
@@ -143,7 +151,7 @@ class Study(BaseModel):
     def digest(self) -> str:
         """SHA-256 (hex) of every setting, defaults included, and of the study's own code; comments and order of keys
         in the study file do not matter."""
-        about = {"format": FORMAT, **self.model_dump(mode="json")}
+        about = {"format": FORMAT, **self.model_dump(mode="json", exclude=None if self.app else {"app"})}
         if not self.evaluation.groups:
             del about["evaluation"]["groups"]  # studies of before there were groups keep their digest
         if self.cohort.sampling_rate is None:
@@ -184,6 +192,6 @@ def _study(
         with contextlib.suppress(
             InputError
         ):  # whoever loads, checks or bundles it says what is wrong with it
-            code = own_code.files((study.task, study.strategy.name), folder)
+            code = own_code.files(study.references, folder)
     study._code = {path: hashlib.sha256(content).hexdigest() for path, content in (code or {}).items()}
     return study

@@ -294,6 +294,8 @@ class Conversation:
                 raise self._wrong(
                     f"asked to sign an instruction for {name} {found!r} where {right!r} is right"
                 )
+        if fields["kind"] == "train" and done >= self._study.rounds:
+            raise self._wrong(f"asked to sign round {done + 1} of a study of {self._study.rounds}")
         if site not in self._offered:
             raise self._wrong(f"asked to sign an instruction for site {site[:80]!r}, which is not at hand")
         if float(fields["expires"]) > time.time() + self._study.cohort.deadline + LATENESS:

@@ -28,8 +28,11 @@ from consortium.protocol.local import ClosedError
 from consortium.protocol.sandbox import MAX_DISK, missing
 from consortium.protocol.watching import FORBIDDEN, LOOK_EVERY, beyond, plain, pump
 from consortium.server.link import Link
+from consortium.server.plans import CODE
 
-CARRIED = ("load", "sites", "interrupted", "ask", "answers", "commit", "wait")
+CARRIED = ("load", "sites", "ready", "interrupted", "ask", "answers", "commit", "wait")
+LARGEST = 1 << 30
+"""Bytes of a layout, or of a message, that it may announce; answers may be a little larger."""
 MOST_SAID = 8 << 20
 """Bytes of one call."""
 LONGEST_REASON = 2000
@@ -118,6 +121,10 @@ class _Confined:
         name, fields = str(document.get("call", "")), {k: v for k, v in document.items() if k != "call"}
         if name not in CARRIED:
             raise ConsortiumError(f"the study's code asked for {plain(name[:40])!r}, and was ended")
+        if name == "ready" and not 0 <= int(fields.get("layout_bytes", 0)) <= LARGEST:
+            raise ConsortiumError(
+                f"the study's code asks for more than {LARGEST} bytes at once, and was ended"
+            )
         for file in files:
             found = os.fstat(file)
             if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_DISK:
@@ -182,3 +189,14 @@ def _log(line: str) -> None:
 def reason(said: Mapping[str, Any]) -> str:
     """The reason that it gave at its end, as it is shown."""
     return plain(str(said.get("why", "")))[:LONGEST_REASON]
+
+
+def fault(error: Exception) -> str:
+    """What went wrong in code that is not ours, with its innermost line."""
+    place, step = "", error.__traceback__
+    while step is not None:
+        path = Path(step.tb_frame.f_code.co_filename)
+        if CODE in path.parts:
+            place = f"{path.name}, line {step.tb_lineno}: "
+        step = step.tb_next
+    return f"study code: {place}{type(error).__name__}: {error}; correct the code, then submit it again"

@@ -20,7 +20,7 @@ from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.server.coordinator import run
 from consortium.server.link import Link, LinkClients, LinkCommits
-from consortium.server.own_code import OVER
+from consortium.server.own_code import OVER, fault
 from consortium.server.plans import CODE, kept_plan
 from consortium.strategies.chosen import strategy_of
 
@@ -38,22 +38,11 @@ def main(arguments: Sequence[str], confine: Callable[[], None]) -> int:
         except ConsortiumError as error:
             why = str(error)
         except Exception as error:  # noqa: BLE001 - the study's own code may raise anything; it is reported
-            why = _fault(error)
+            why = fault(error)
         link.call(OVER, why=why)
     except ClosedError:
         return 1
     return 0
-
-
-def _fault(error: Exception) -> str:
-    """What went wrong in code that is not ours, with its innermost line."""
-    place, step = "", error.__traceback__
-    while step is not None:
-        path = Path(step.tb_frame.f_code.co_filename)
-        if CODE in path.parts:
-            place = f"{path.name}, line {step.tb_lineno}: "
-        step = step.tb_next
-    return f"study code: {place}{type(error).__name__}: {error}; correct the code, then submit it again"
 
 
 def _rounds(link: Link) -> str:

@@ -34,7 +34,7 @@ from consortium.protocol.local import ClosedError
 from consortium.protocol.memory import give_freed_memory_back, keep_freed_memory
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
-from consortium.server import own_code, plans, results
+from consortium.server import flower_results, own_code, plans, results
 from consortium.server.coordinator import outcome_of, run
 from consortium.server.link import Link, LinkClients, LinkCommits
 from consortium.server.plans import CODE, INITIAL, PLAN
@@ -81,6 +81,8 @@ def _run(link: Link, first: dict[str, Any], folder: Path) -> tuple[str, str]:
     key = DataKey(bytes.fromhex(first["key"]))
     commits = LinkCommits(link, str(first["run"]), Path(first["checkpoints"]), key)
     state = commits.load()
+    if study.app is not None:
+        return flower_results.run(link, study, first, folder, results.teller(folder / "rounds.jsonl", state))
     own = is_own(study.strategy.name)
     # A strategy of the study's own is never loaded here; of what it decides only the name is needed.
     strategy = replace(fedavg(), name=study.strategy.name) if own else strategy_of(study)

@@ -46,7 +46,7 @@ def check(
     from consortium.protocol.study import Study
 
     loaded = Study.load(path)
-    files((loaded.task, loaded.strategy.name), loaded.folder)  # looked for and read, not run
+    files(loaded.references, loaded.folder)  # looked for and read, not run
     privacy = statement.statement(loaded)
     summary = {**_summary(loaded), "privacy": privacy}
     if as_json:
@@ -56,7 +56,8 @@ def check(
         if key != "privacy":
             typer.echo(f"{key:12} {value}")
     typer.echo(statement.text(privacy))
-    typer.echo(f"\nNext: consortium simulate {path} --data FILE ...")
+    following = f"simulate {path} --data FILE ..." if loaded.app is None else f"study build {path}"
+    typer.echo(f"\nNext: consortium {following}")
 
 
 @study.command()
@@ -311,6 +312,14 @@ def _page(said: dict[str, Any]) -> str:
 
 
 def _summary(study: Any) -> dict[str, Any]:
+    if study.app is not None:
+        about = {
+            "serverapp": study.app.serverapp,
+            "clientapp": study.app.clientapp,
+            "config": study.app.config,
+        }
+        sites = f"at least {study.cohort.min_sites} answers a round"
+        return {"study": study.name, "digest": study.digest, **about, "rounds": study.rounds, "cohort": sites}
     training = study.training
     local = (
         f"{training.local_steps} steps" if training.local_steps else f"{training.local_epochs or 1} epoch(s)"

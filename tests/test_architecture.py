@@ -35,6 +35,7 @@ PURE = {"protocol", "strategies", "privacy"}
 TOO_HEAVY_FOR_PURE = {"flwr", "torch", "grpc"}
 FLOWER_ADAPTERS = {
     "client/app.py", "server/app.py", "server/flower_strategy.py", "server/grid.py",
+    "client/flower_app.py", "server/flower_run.py",
 
 }  # fmt: skip
 HEAVY = {

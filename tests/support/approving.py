@@ -22,19 +22,19 @@ def hand_in(one: Live, path: Path) -> Bundle:
     return made
 
 
-def approve(one: Live, made: Bundle, *more: str) -> None:
+def approve(one: Live, made: Bundle, *more: str, data: str = DATA) -> None:
     """Approve a bundle at every site, as an operator does."""
     for site in one.places:
-        words = [*COMMAND, "client", "approve", made.study.name, "--bundle", made.digest[:16], "--data", DATA]
+        words = [*COMMAND, "client", "approve", made.study.name, "--bundle", made.digest[:16], "--data", data]
         where = ["--dir", str(one.home(site).folder), *more]
         done = subprocess.run([*words, *where], capture_output=True, text=True, check=False, timeout=120)
         assert done.returncode == 0, done
 
 
-def ran(one: Live, path: Path) -> dict[str, Any]:
+def ran(one: Live, path: Path, data: str = DATA) -> dict[str, Any]:
     """How a study stands that was handed in, approved and run to its end."""
     made = hand_in(one, path)
-    approve(one, made)
+    approve(one, made, data=data)
     return one.over(made.study.name)
 
 
