@@ -190,7 +190,7 @@ class Live:
 
     def committed(self, name: str, round: int, seconds: float = 90) -> None:
         """Wait until a round is committed."""
-        self.until(lambda: self.show(name)["round"] >= round, seconds, f"no round {round}", 0.02)
+        self.until(lambda: self.show(name)["round"] >= round, seconds, f"no round {round}", 0.1)
 
     def over(self, name: str, seconds: float = 120) -> dict[str, Any]:
         """Wait until a study is over; how it stands then."""
