@@ -236,8 +236,7 @@ def test_a_content_beyond_what_the_model_needs_is_not_read(siege: Realm, mallory
         said = mallory.put(frame.about.nonce, canonical(about))
         assert said.status == 400
         left_out(siege, frame, "the study's layout allows")
-    sizes = [one.stat().st_size for one in (siege.own / "spool").iterdir() if one.is_file()]
-    assert sum(sizes) < MIB
+    assert siege.spooled() < MIB
 
 
 def test_more_bytes_than_the_header_says_are_never_part_of_an_answer(siege: Realm, mallory: Actor) -> None:

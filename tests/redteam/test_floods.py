@@ -157,7 +157,7 @@ def test_a_gigabyte_of_an_answer_is_not_taken(harbour: Realm, pirate: Actor, kin
         length = GIB if kind == "announced" else GIB + len(content)
         start = head("PUT", wire.ANSWERS + frame.about.nonce, len(body) + length)
         assert gigabyte(pirate.line(), start + body, length).status in (0, 400)
-        assert sum(one.stat().st_size for one in (harbour.own / "spool").iterdir() if one.is_file()) < 1 << 20
+        assert harbour.spooled() < 1 << 20
 
 
 def test_slow_bodies_of_a_site_hold_its_own_places_alone(harbour: Realm, pirate: Actor) -> None:

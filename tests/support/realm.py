@@ -185,6 +185,14 @@ class Realm:
         wait_for(lambda: self.latest() > before, seconds, "the run does not go on")
         assert self.server.poll() is None
 
+    def spooled(self) -> int:
+        """Bytes in the server's spool, in which a run's files come and go."""
+        total = 0
+        for path in (self.own / "spool").iterdir():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size if path.is_file() else 0
+        return total
+
     def processes(self) -> list[int]:
         """The server and all that it started."""
         return descendants([self.server.pid])
