@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 from consortium.client.audit import LONGEST, asked, site_audit
 from consortium.client.hand import Hand
+from consortium.client.heads import Log, Logs
 from consortium.client.home import Home
 from consortium.client.inbox import Taken
 from consortium.client.link import Link
@@ -30,10 +31,10 @@ from consortium.client.poller import Connector, Poller, Renew
 from consortium.client.seen import Place, Seen
 from consortium.client.work import Answered, Given, Interrupted, Work
 from consortium.protocol import endings
-from consortium.protocol.chain import Head
 from consortium.protocol.connection import Connection
 from consortium.protocol.errors import ConsortiumError, IntegrityError, RefusedError
 from consortium.protocol.files import sync_folder, write_private
+from consortium.protocol.heads import LEDGER, packed
 from consortium.protocol.keys import Lock
 from consortium.protocol.messages import Answer, encode, parse
 from consortium.protocol.sandbox import describe
@@ -61,7 +62,7 @@ class Agent:
 
     work: does what is asked. renew: replaces the certificate in the folder, over a connection that it is given.
     studies: looks at what the server proposes, models: at the models that are used here, each over a connection.
-    ledger: the head of the site's privacy ledger.
+    others: the site's logs beside the audit log, by name (`protocol/heads.py`).
 
     Raises:
         InputError, IntegrityError: the folder is not in order.
@@ -76,13 +77,14 @@ class Agent:
         renew: Renew | None = None,
         studies: Callable[[Connection], None] | None = None,
         models: Callable[[Connection], None] | None = None,
-        ledger: Callable[[], Head] | None = None,
+        others: Mapping[str, Log] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._home, self._work, self._clock, self._ledger = home, work, clock, ledger
+        self._home, self._work, self._clock, self._others = home, work, clock, dict(others or {})
         self._identity = home.identity(lock)
         self._audit = site_audit(home, self._identity, clock)
         self._seen = Seen(home.seen_file, clock)
+        self._logs = Logs(home, self._identity, self._audit, self._others, lambda: self._seen.epoch, clock)
         self._hand = Hand(clock)
         self._pause_file = paused_file(home)
         self._failed: set[str] = set()  # runs that the server said have failed, and may go on
@@ -105,6 +107,7 @@ class Agent:
             models=models,
             renewed=self._outbox.reconnect,
             note=self._audit.note,
+            logs=self._logs,
             clock=clock,
         )
         self._worker = threading.Thread(target=self._work_loop, name="work", daemon=True)
@@ -246,7 +249,8 @@ class Agent:
         """Do one instruction, and put the answer to it into the outbox."""
         about = taken.about
         vain = self._vain(taken)
-        self._audit.note("instruction", asked(about) | _signed_header(taken, vain), durable=False)
+        said = {"server": dict(self._logs.statement)} if self._logs.statement else {}
+        self._audit.note("instruction", asked(about) | _signed_header(taken, vain) | said, durable=False)
         if vain:
             self._drop(taken, "not taken", vain)
             return
@@ -311,7 +315,7 @@ class Agent:
 
     def _spent(self) -> dict[str, str]:
         """The entry of the ledger up to which everything is charged that was computed."""
-        return {} if self._ledger is None else {"ledger": self._ledger().text}
+        return {"ledger": self._others[LEDGER].head.text} if LEDGER in self._others else {}
 
     def _declined(self, taken: Taken, reason: str) -> Answered:
         reason = reason.partition("\n")[0][:LONGEST_REASON]
@@ -335,6 +339,7 @@ class Agent:
                 size,
                 answered.key,
                 about.expires,
+                packed(self._logs.show(about.nonce)),
             )
         )
 

@@ -7,16 +7,18 @@ answer stands there by its signed header: kinds and sizes of what it holds, and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from consortium.client.home import Home
-from consortium.protocol import audit
+from consortium.privacy.ledger import ledger_name
+from consortium.protocol import audit, chain
 from consortium.protocol.audit import Audit
 from consortium.protocol.chain import Head
+from consortium.protocol.heads import APPROVALS, AUDIT, LEDGER
 from consortium.protocol.messages import Instruction
 from consortium.protocol.signing import fingerprint
 
@@ -53,10 +55,26 @@ def asked(about: Instruction) -> dict[str, Any]:
     return {"run": about.run, "round": about.round, "attempt": about.attempt, "asked": about.kind}
 
 
-def verify(home: Home, key: Ed25519PublicKey, witnessed: tuple[Head, ...] = ()) -> Head:
+def verify(home: Home, key: Ed25519PublicKey, witnessed: Sequence[Head] = ()) -> Head:
     """The head of a site's log, once every entry was checked, and that it has every head in `witnessed`.
 
     Raises:
         IntegrityError: naming the entry that is not as it was written, or is missing.
     """
     return audit.verify(home.audit, log_name(home, key), [key], witnessed)
+
+
+def verify_all(
+    home: Home, key: Ed25519PublicKey, seen: Mapping[str, Head], earlier: Sequence[Head] = ()
+) -> dict[str, Head]:
+    """The heads of audit log, decisions and ledger, once each was checked. seen, earlier: what the server has seen of
+    each, and of the audit log before. Raises as `verify`."""
+    config = home.config
+    files = {
+        APPROVALS: (home.folder / "approvals.log", f"approvals {config.federation} {config.site}"),
+        LEDGER: (home.ledger_file, ledger_name(config.federation, config.site, key)),
+    }
+    found = {AUDIT: verify(home, key, [*earlier, *([seen[AUDIT]] if AUDIT in seen else [])])}
+    for log, (path, name) in files.items():
+        found[log] = chain.verify(path, name, [key], [seen[log]] if log in seen else [])
+    return found

@@ -52,18 +52,30 @@ def show(
 
 @audit.command()
 def verify(folder: Folder, as_json: Json = False) -> None:
-    """Check every entry of this site's log. Exit code 4 where one is not as it was written, or is missing.
+    """Check every entry of this site's audit log, decisions and privacy ledger, and that nothing is missing of what the
+    server has seen. Exit code 4 where one is not as it was written, or is missing.
+
+    The server is asked where it can be reached; else what it countersigned last is compared.
 
     Example: consortium client audit verify --dir site
     """
-    from consortium.client.audit import verify as check
+    from consortium.client.audit import verify_all
+    from consortium.client.heads import countersigned
 
     home = home_in(folder)
-    head = check(home, home.identity(home.lock()).public_key())
+    lock = home.lock()
+    seen = countersigned(home, lock)
+    found = verify_all(home, home.identity(lock).public_key(), seen.seen, seen.earlier)
     if as_json:
-        typer.echo(json.dumps({"entries": head.sequence, "head": head.text}))
+        ends = {log: head.text for log, head in found.items()}
+        entries = found["audit"].sequence
+        typer.echo(json.dumps({"entries": entries, "heads": ends, "server_asked": seen.asked}))
         return
-    typer.echo(f"sound: {head.sequence} entries")
+    by = (
+        "the server of now" if seen.asked else "what the server countersigned last (it cannot be reached now)"
+    )
+    counts = ", ".join(f"{head.sequence} of the {log} log" for log, head in found.items())
+    typer.echo(f"sound: {counts}; compared with {by}")
 
 
 @audit.command()

@@ -54,13 +54,8 @@ class Charges:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._home, self._connect, self._clock = home, connect, clock
-        self._ledger = ledger_in(home, lock)
+        self.ledger = self._ledger = ledger_in(home, lock)
         self._shown: Head | None = None
-
-    @property
-    def head(self) -> Head:
-        """The head of the ledger."""
-        return self._ledger.head
 
     def charge(self, about: Instruction, study: Study, data: str, most: float | None = None) -> Release:
         """Charge what an instruction asks to compute over a data set, unless it was charged before; gives what is to be

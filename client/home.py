@@ -8,6 +8,7 @@
     policy.toml       what may run; data.toml and data/NAME/: over which data
     data.key          what is kept of runs is encrypted under, itself encrypted
     audit/            what happened here, signed (`client/audit.py`)
+    heads.json        what the server said last of its log and of ours
     state/ seen.json spool/ agent.sock log
 
 Folders have mode 0700, files 0600, private keys are encrypted. `client/joining.py` fills the folder.
@@ -63,6 +64,7 @@ class Home:
         self.ledger_file = self.folder / "ledger.jsonl"
         self.witness_file = self.folder / "ledger.witness.json"
         self.audit = self.folder / "audit"
+        self.heads_file = self.folder / "heads.json"
         self.state = self.folder / "state"
         self.seen_file = self.folder / "seen.json"
         self.spool = self.folder / "spool"

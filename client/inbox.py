@@ -171,7 +171,7 @@ class Inbox:
         config = self._home.config
         try:
             document = reply.document()
-            content = self._trusted(lambda trust: endings.signed(document, trust.keys))
+            content = self.trusted(lambda trust: endings.signed(document, trust.keys))
             return endings.said(content, config.federation, config.site, nonce, asked)
         except IntegrityError as error:
             reply.close()
@@ -179,9 +179,9 @@ class Inbox:
 
     def _verify(self, header: bytes, signature: bytes) -> None:
         """Raises IntegrityError where no trusted key signed."""
-        self._trusted(lambda trust: _signed(trust, header, signature))
+        self.trusted(lambda trust: _signed(trust, header, signature))
 
-    def _trusted(self, check: Callable[[Trust], T]) -> T:
+    def trusted(self, check: Callable[[Trust], T]) -> T:
         """What `check` gives for the statement of keys; a key may be newer than the one that is held."""
         try:
             return check(self._trust)

@@ -28,7 +28,8 @@ _log = logging.getLogger("consortium.agent")
 @dataclass
 class Letter:
     """A signed answer. content: a file that begins with the `size` bytes of its content, None where it has none; key:
-    what it is encrypted under, if it is. expires: seconds since the epoch after which nobody waits for it."""
+    what it is encrypted under, if it is. expires: seconds since the epoch after which nobody waits for it. shown: what
+    the site says of its logs, as a header."""
 
     nonce: str
     run: str
@@ -38,6 +39,7 @@ class Letter:
     size: int
     key: DataKey | None
     expires: float
+    shown: str = ""
     due: float = 0.0
     backoff: Backoff = field(default_factory=Backoff)
 
@@ -138,7 +140,11 @@ class Outbox:
         try:
             connection = self._open()
             reply = connection.request(
-                "PUT", wire.ANSWERS + letter.nonce, body=letter.pieces(), length=letter.length
+                "PUT",
+                wire.ANSWERS + letter.nonce,
+                body=letter.pieces(),
+                length=letter.length,
+                headers={wire.SHOWN: letter.shown} if letter.shown else None,
             )
             reply.document()
             self._used = time.monotonic()

@@ -13,19 +13,24 @@ from typing import Any
 from consortium.client.audit import LONGEST
 from consortium.client.backoff import Backoff
 from consortium.client.hand import Hand
+from consortium.client.heads import Logs
 from consortium.client.home import Home
 from consortium.client.inbox import Dropped, Inbox, Taken
 from consortium.client.link import Link
 from consortium.client.seen import Seen
 from consortium.protocol import wire
-from consortium.protocol.connection import Connection
-from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.chain import Head
+from consortium.protocol.connection import Connection, StatusError
+from consortium.protocol.errors import ConsortiumError, IntegrityError
+from consortium.protocol.heads import unpacked
 from consortium.protocol.keys import Lock
 
 SILENCE = wire.POLL_SECONDS + 20
 """Seconds without a byte after which a connection is given up."""
 MODELS_EVERY = 3600.0
 """Seconds after which the server is asked about models although nothing has changed, so that its word stays good."""
+MAX_HEADS = 1 << 20
+"""Bytes of the server's reply to a greeting."""
 RENEWING = 60.0
 """Seconds between two tries to renew the certificate."""
 
@@ -58,6 +63,7 @@ class Poller:
     paused, kept: what the server is told. put: gets each instruction. ended: gets what is said of runs that ended.
     renew: replaces the certificate, over a connection; renewed: is called afterwards. studies: looks at what the server
     proposes, models: at those that are used here, each over a connection. note: writes to the audit log.
+    logs: of the site, which are compared with the server's word before anything of a reply is taken.
     """
 
     def __init__(
@@ -77,11 +83,13 @@ class Poller:
         models: Callable[[Connection], None] | None,
         renewed: Callable[[], None],
         note: Callable[[str, Mapping[str, Any]], object],
+        logs: Logs,
         clock: Callable[[], float],
     ) -> None:
         self._home, self._lock, self._hand, self._connect, self._clock = home, lock, hand, connect, clock
         self._paused, self._kept, self._put, self._ends = paused, kept, put, ended
         self._renew, self._renewed, self._note = renew, renewed, note
+        self._logs = logs
         self._studies, self._number = studies, -1
         self._models, self._model_number, self._models_at = models, "", -MODELS_EVERY
         self.inbox = Inbox(home, seen, connect, hand.has, clock)
@@ -134,14 +142,22 @@ class Poller:
             self._connection = self._connect()
             self.inbox.refresh_trust(self._connection)
             self.inbox.refresh_epoch(self._connection)
+            self._greet(self._connection)
             self.link.connected()
             self._number = -1  # what the server has seen of this site's decisions is asked anew
         kept, nonce = self._kept(), secrets.token_hex(32)
         question = {"format": wire.FORMAT, "have": self._hand.nonces(), "paused": self._paused()}
-        question |= {"runs": kept, "nonce": nonce}
+        before = self._logs.server()
+        question |= {"runs": kept, "nonce": nonce, "heads": self._logs.show(nonce)}
         if self._studies is not None:
             question["studies"] = self._number
         reply = self._connection.request("POST", wire.POLL, question)
+        said = reply.header(wire.SHOWN)
+        try:
+            self._compare(unpacked(said) if said else None, nonce, before)
+        except IntegrityError:
+            reply.close()
+            raise
         self.link.connected()
         notice = reply.header(wire.NOTICE).split()
         if reply.status == 200 and wire.RUNS in notice:
@@ -152,7 +168,27 @@ class Poller:
             self._put(taken)
         else:
             reply.read(1)  # there is no body, and the connection is then free
+            self._logs.keep()
         self._follow(notice)
+
+    def _greet(self, connection: Connection) -> None:
+        """See where the server's log ends, and what it knows of ours, before it is shown or asked anything."""
+        nonce, before = secrets.token_hex(32), self._logs.server()
+        question = {"format": wire.FORMAT, "heads": self._logs.show(nonce, greeting=True), "nonce": nonce}
+        try:
+            reply = connection.request("POST", wire.HEADS, question).document(MAX_HEADS)
+            self._compare(wire.field(reply, "heads", dict), nonce, before)
+        except StatusError as error:
+            if error.status != 404:
+                raise
+            self._compare(None, nonce, before)  # a server of a version that keeps no audit log
+        self._logs.keep()
+
+    def _compare(self, document: dict[str, Any] | None, nonce: str, before: Head | None) -> None:
+        said = None
+        if document is not None:
+            said = self.inbox.trusted(lambda trust: self._logs.read(document, trust))
+        self._logs.take(document or {}, said, nonce, before)
 
     def _follow(self, notice: list[str]) -> None:
         """Do what the server's notice says; a certificate is renewed without it too, when it is time."""

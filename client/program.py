@@ -21,11 +21,13 @@ from consortium.client.audit import site_audit
 from consortium.client.charges import Charges
 from consortium.client.control import Control
 from consortium.client.datasets import Datasets
+from consortium.client.heads import Decisions
 from consortium.client.home import Home
 from consortium.client.joining import renew
 from consortium.client.proposals import follow
 from consortium.client.work import SiteWork
 from consortium.protocol.errors import ConsortiumError, InputError
+from consortium.protocol.heads import APPROVALS, LEDGER
 from consortium.protocol.keys import PASSPHRASE
 
 ENDING = 4.0
@@ -61,7 +63,7 @@ def run(home: Home) -> None:
             lock,
             SiteWork(home, home.data_key(lock), approvals, key.public_key(), charges.charge, log.note),
             renew=renew,
-            ledger=lambda: charges.head,
+            others={LEDGER: charges.ledger, APPROVALS: Decisions(approvals, key)},
             studies=lambda connection: follow(connection, home, key, approvals, time.time()),
             models=lambda connection: models.check(home, connection),
         )

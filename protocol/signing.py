@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from consortium.protocol.errors import IntegrityError
 
 INSTRUCTION, ANSWER, TRUST, JOIN = "instruction", "answer", "trust", "join"
-CHAIN, HEAD, MODEL, ENDINGS, EPOCH, GATE, DELIVERY, APPROVAL, MEMBER = (
-    "chain", "head", "model", "endings", "epoch", "gate", "delivery", "approval", "member",
+CHAIN, HEAD, MODEL, ENDINGS, EPOCH, GATE, DELIVERY, APPROVAL, MEMBER, HEADS = (
+    "chain", "head", "model", "endings", "epoch", "gate", "delivery", "approval", "member", "heads",
 )  # fmt: skip
 """The purposes."""
 SIGNATURE_BYTES = 64

@@ -17,10 +17,14 @@ whole. It is verified before the header is parsed; the content is hashed while i
     POST /v1/approvals        {"entries"}: this site's decisions that the server does not know yet (client/approvals.py)
     POST /v1/renew            {"csr"}; a new certificate
     POST /v1/ledger           {"head"} of the site's privacy ledger; the highest that the server has seen, countersigned
+    POST /v1/heads            {"heads"} of the site's logs; the server's, and what it knows of the site's (`verify`)
     POST /v1/leave            {}; the site leaves the federation
     POST /v1/models/NAME      {"version", "nonce"}; what a model is and whether it may be used (protocol/delivery.py)
     GET  /v1/models/NAME/VERSION/FILE?from=BYTE    a file of it, from that byte on
     POST /v1/model-approvals  {"name", "version", "signature"}; the site approves the version; all that have
+
+A poll holds a statement of the site's logs ("heads"), an answer and every reply to a poll carry one in the header
+`SHOWN` (`protocol/heads.py`). Versions before had none; a site that has seen the server's once goes on with none less.
 
 The enrolment door has GET /v1/root and POST /v1/join. An error is {"error": text} with a 4xx or 5xx.
 """
@@ -37,7 +41,7 @@ from consortium.protocol.messages import MAX_HEADER
 from consortium.protocol.signing import SIGNATURE_BYTES
 
 FORMAT = 1
-LEDGER, MODELS, MODEL_APPROVALS = "/v1/ledger", "/v1/models/", "/v1/model-approvals"
+LEDGER, MODELS, MODEL_APPROVALS, HEADS = "/v1/ledger", "/v1/models/", "/v1/model-approvals", "/v1/heads"
 POLL, ANSWERS, STUDIES, TRUST, EPOCH, RENEW, LEAVE, PROPOSALS, APPROVALS = (
     "/v1/poll", "/v1/answers/", "/v1/studies/", "/v1/trust", "/v1/epoch/", "/v1/renew", "/v1/leave", "/v1/proposals",
     "/v1/approvals",
@@ -53,6 +57,8 @@ MAX_DOCUMENT = 64 * 1024
 NOTICE = "consortium-notice"
 """A header of the server's answers to polls: "renew", "trust=SERIAL", "studies=NUMBER", "models=NUMBER" and `RUNS`, by
 spaces."""
+SHOWN = "consortium-heads"
+"""A header with a statement of logs."""
 RUNS = "runs"
 """The word of the notice where the body is a statement of endings."""
 LATE = "late: "

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import secrets
+import sqlite3
 import stat
 import threading
 import time
@@ -91,6 +92,8 @@ class Archive:
         self.folder = private_folder(folder)
         self.recorded: Callable[[], None] = lambda: None
         """Returns once the audit log of what led to a commit is on the disk."""
+        self.kept_with: Callable[[sqlite3.Connection], None] = lambda db: None
+        """Writes within a commit's transaction what is to be durable with it."""
         self.told: Callable[[], None] = lambda: None
         # what a round is about to publish is noted before it is committed; what a study has published
         self.released: Callable[[str, Study, Mapping[str, Any]], None] = lambda *_: None
@@ -322,6 +325,7 @@ class Archive:
                 )
                 for event in events:
                     _add(db, run, now, event)
+                self.kept_with(db)
         except ConsortiumError:
             kept = self.committed(run)
             if kept is None or kept.file != name:

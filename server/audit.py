@@ -20,7 +20,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from consortium.protocol import audit, trust
+from consortium.protocol import audit, chain, trust
 from consortium.protocol.audit import FOLDER, Audit, name_at_server
 from consortium.protocol.chain import Head
 from consortium.protocol.errors import ConsortiumError, IntegrityError
@@ -68,6 +68,8 @@ class Keeper:
     ) -> None:
         self.log = open_audit(federation, clock)
         self._federation, self._archive = federation, archive
+        self.site_head: Callable[[str], str] = lambda site: ""
+        """Where a site's audit log ended when it answered last."""
         self._lock = threading.Lock()
         self._refused: dict[tuple[str, str], int] = {}
         self._since = time.monotonic()
@@ -122,6 +124,8 @@ class Keeper:
                     document = json.loads(row["document"])
                     kind = str(document.pop("kind"))
                     body = {"run": row["run"], "event": row["id"], "happened": row["at"], **document}
+                    if kind == "round":
+                        body["heads"] = {site: self.site_head(site) for site in document.get("admitted", ())}
                     self.log.note(kind, body, durable=False)
                     self._event = int(row["id"])
             except ConsortiumError as error:
@@ -226,6 +230,13 @@ def keys_in(folder: Path, federation: Federation) -> list[trust.Trust]:
             except (ValueError, KeyError, TypeError, IntegrityError):
                 continue  # `verify` names a line that is not as it was written
     return found
+
+
+def restores(federation: Federation) -> dict[int, int]:
+    """By epoch, the entry with which it began in the log."""
+    name = name_at_server(federation.config.name, federation.root_fingerprint)
+    found = chain.entries(audit.segments(federation.folder / FOLDER), name)
+    return {int(one.body["epoch"]): one.sequence for one in found if one.kind == "restored"}
 
 
 def verify(federation: Federation, witnessed: Sequence[Head] = ()) -> Head:

@@ -68,18 +68,25 @@ def show(
 
 @audit.command()
 def verify(folder: NewFolder, as_json: Json = False) -> None:
-    """Check every entry of the server's log. Exit code 4 where one is not as it was written, or is missing.
+    """Check every entry of the server's log, that it has what the sites have countersigned, that it agrees with the
+    database, and every decision of a site. Exit code 4 where one is not as it was written, or is missing.
 
     Example: consortium server audit verify --dir fed
     """
-    from consortium.server.audit import verify as check
+    from consortium.server.audit_check import check
 
     federation, _ = _opened(folder)
-    head = check(federation)
+    found = check(federation)
     if as_json:
-        typer.echo(json.dumps({"entries": head.sequence, "head": head.text}))
+        said = {"entries": found.head.sequence, "head": found.head.text, "events": found.events}
+        sites = {site: head.text for site, head in found.sites.items()}
+        typer.echo(json.dumps({**said, "decisions": found.decisions, "countersigned": sites}))
         return
-    typer.echo(f"sound: {head.sequence} entries")
+    by = ", ".join(f"{site} up to {head.sequence}" for site, head in found.sites.items())
+    typer.echo(
+        f"sound: {found.head.sequence} entries, {found.events} events, {found.decisions} decisions; countersigned by "
+        f"{by or 'nobody yet'}"
+    )
 
 
 @audit.command()

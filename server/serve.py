@@ -33,6 +33,7 @@ from consortium.server.enrolment import Enrolment
 from consortium.server.exchange import Exchange
 from consortium.server.federation import CHECKPOINTS, CONFIG, Federation
 from consortium.server.gating import MARGIN, Gates
+from consortium.server.heads import SiteLogs
 from consortium.server.kept_answers import KeptAnswers
 from consortium.server.listener import Caps, Listener
 from consortium.server.roster import Roster
@@ -79,10 +80,12 @@ class Server:
         )
         name = federation.config.name
         self.approvals = Approvals(self.store, self.roster, name, note=self.note)
+        self.logs = SiteLogs(self.store, federation, self.audit.log, self.approvals, self.note)
+        self.archive.kept_with, self.audit.site_head = self.logs.keep_with, self._site_head
         self.runs = Runs(self.archive, self.exchange, folder, name, seal=self._seal, approvals=self.approvals)
         self.gates = Gates(federation, self.archive, self.exchange)
         config = federation.config
-        site_door = SiteDoor(federation, self.roster, self.archive, self.exchange, self.approvals)
+        site_door = SiteDoor(federation, self.roster, self.archive, self.exchange, self.approvals, self.logs)
         self.site_door = Listener(
             config.bind, config.port, federation.site_context, site_door.handle, Caps(), self._admit
         )
@@ -121,6 +124,8 @@ class Server:
         for door in doors:
             door.stop(ENDING)
         self.audit.stop()
+        with contextlib.suppress(ConsortiumError):  # said before: nothing can be written
+            self.logs.keep()
         self.store.close()
 
     def _sign(self, header: bytes) -> bytes:
@@ -161,8 +166,17 @@ class Server:
             "paused": presence.paused,
             "seen": presence.since or None,
             "asked": self.exchange.open_for(one["name"]),
-            "last_error": self.runs.last_error(one["name"]),
+            "last_error": self._trouble(one) or self.runs.last_error(one["name"]),
         }
+
+    def _trouble(self, one: dict[str, Any]) -> str:
+        return self.logs.trouble(one["name"], one["identity"]) if one["status"] == "joined" else ""
+
+    def _site_head(self, site: str) -> str:
+        """Where a site's audit log ended when it answered last, "" where it has not said so."""
+        identity = self.roster.identity(site)
+        head = self.logs.head(site, identity) if identity else None
+        return head.text if head is not None else ""
 
     def invite(self, site: str, hours: float) -> dict[str, Any]:
         """A one-time code for a site; the enrolment door opens for it.
@@ -240,6 +254,7 @@ class Server:
                 for site in self.roster.expired():
                     self.site_door.cut(site)
                 self.audit.keep_house()
+                self.logs.keep()
             except ConsortiumError as error:
                 _log.error("housekeeping: %s", error)
 

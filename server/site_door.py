@@ -14,12 +14,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from consortium.privacy.ledger import ledger_name
 from consortium.protocol import delivery, endings, epoch, wire
 from consortium.protocol.chain import Head
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
+from consortium.protocol.heads import packed, unpacked
 from consortium.protocol.messages import Header, parse
 from consortium.protocol.signing import ANSWER, public_key, verify
 from consortium.protocol.wire import CHUNK
@@ -31,6 +33,7 @@ from consortium.server.endings import news as endings_of
 from consortium.server.exchange import Exchange
 from consortium.server.federation import Federation
 from consortium.server.gating import RUN
+from consortium.server.heads import SiteLogs
 from consortium.server.listener import PeerGone, Request, Response, error_response, json_response
 from consortium.server.offers import Offer, Received, Spooled
 from consortium.server.roster import Roster
@@ -44,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 
 class SiteDoor:
-    """Answers the requests of sites."""
+    """Answers the requests of sites. logs: what is known of theirs."""
 
     def __init__(
         self,
@@ -53,7 +56,9 @@ class SiteDoor:
         archive: Archive,
         exchange: Exchange,
         approvals: Approvals,
+        logs: SiteLogs | None = None,
     ) -> None:
+        self._logs = logs
         self._federation, self._roster, self._archive = federation, roster, archive
         self._approvals = approvals
         self._exchange = exchange
@@ -86,6 +91,7 @@ class SiteDoor:
             ("POST", wire.APPROVALS, self._decided),
             ("POST", wire.RENEW, self._renew),
             ("POST", wire.LEDGER, self._ledger),
+            ("POST", wire.HEADS, self._heads),
             ("POST", wire.LEAVE, self._leave),
             ("POST", wire.MODELS, self._model),
             ("GET", wire.MODELS, self._model_file),
@@ -95,11 +101,25 @@ class SiteDoor:
     def _poll(self, request: Request, site: str) -> Response:
         """Wait until there is something for the site to do, and say what."""
         document = _document(request)
-        paused = wire.field(document, "paused", bool)
+        wire.field(document, "paused", bool)
         have = _nonces(document)
         kept, nonce = _kept(document)
-        known = document.get("studies", 0)
         end = time.monotonic() + wire.POLL_SECONDS
+        if self._shown(site, document.get("heads")):
+            return self._replied(Response(204, headers={wire.NOTICE: self._notice(site)}), site, document)
+        return self._replied(self._awaited(request, site, document, have, kept, nonce, end), site, document)
+
+    def _awaited(
+        self,
+        request: Request,
+        site: str,
+        document: dict[str, Any],
+        have: frozenset[str],
+        kept: dict[str, str],
+        nonce: str,
+        end: float,
+    ) -> Response:
+        paused, known = bool(document["paused"]), document.get("studies", 0)
         notice = {wire.NOTICE: self._notice(site)}
         try:
             with self._exchange.polling(site, paused) as news:
@@ -122,6 +142,30 @@ class SiteDoor:
     def _gates_over(self, kept: dict[str, str]) -> dict[str, str]:
         """The gates among these runs that ask nothing now, and never will again."""
         return {run: endings.OVER for run in kept if run.startswith(RUN) and not self._exchange.asks(run)}
+
+    def _shown(self, site: str, statement: object) -> str:
+        """Take what a site says of its logs; why it is asked nothing more, or ""."""
+        if self._logs is None or not isinstance(statement, dict):
+            return ""
+        return self._logs.take(site, self._roster.identity(site), statement)
+
+    def _replied(self, response: Response, site: str, document: dict[str, Any]) -> Response:
+        """A reply to a poll, with what the server says of its log at this moment."""
+        nonce = document.get("nonce")
+        if self._logs is None or "heads" not in document or not isinstance(nonce, str):
+            return response
+        said = self._logs.said(site, self._roster.identity(site), nonce)
+        return replace(response, headers={**response.headers, wire.SHOWN: packed(said)})
+
+    def _heads(self, request: Request, site: str) -> Response:
+        """As a poll, of the logs alone; and the heads that were seen of the site's audit log."""
+        document = _document(request)
+        if self._logs is None:
+            return error_response(404, "there is no such route on the site door")
+        self._shown(site, wire.field(document, "heads", dict))
+        identity = self._roster.identity(site)
+        said = self._logs.said(site, identity, wire.field(document, "nonce", str))
+        return json_response({"heads": said, "history": self._logs.history(site, identity)})
 
     def _endings(self, site: str, nonce: str, ended: dict[str, str]) -> Response:
         """Runs that ask nothing more of the site, signed for its question of now."""
@@ -153,6 +197,8 @@ class SiteDoor:
             return self._late(site, nonce, header, signature)
         try:
             about = self._checked(header, signature, offer)
+            if wire.SHOWN in request.headers:
+                self._shown(site, unpacked(request.headers[wire.SHOWN]))
             if request.left != about.length:  # it may still be sent as a whole
                 return error_response(400, "the body is not as long as its header says")
             content = self._content(request, about) if about.length else None

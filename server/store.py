@@ -107,6 +107,20 @@ CREATE TABLE IF NOT EXISTS ledger_heads (  -- server/ledger_heads.py
     sequence INTEGER NOT NULL,
     hash TEXT NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS heads (    -- where audit logs of sites ended: server/heads.py
+    log TEXT NOT NULL,
+    place INTEGER NOT NULL,
+    sequence INTEGER NOT NULL,
+    hash TEXT NOT NULL,
+    PRIMARY KEY (log, place)
+) STRICT;
+CREATE TABLE IF NOT EXISTS shown (    -- the newest statement of each site about its logs
+    site TEXT NOT NULL,
+    identity TEXT NOT NULL,
+    at REAL NOT NULL,             -- by the site's clock
+    statement TEXT NOT NULL,
+    PRIMARY KEY (site, identity)
+) STRICT;
 """
 """Tables that a database of this format may lack, because an earlier version made it."""
 

@@ -29,6 +29,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     one.end()
 
 
+class Three:
+    """A ledger of three entries."""
+
+    head = Head(3, "0" * 64)
+
+    def contains(self, head: Head) -> bool:
+        return head == self.head
+
+
 def entries(world: World, after: int = 0) -> list[tuple[str, dict[str, Any]]]:
     key = world.home.identity(world.home.lock())
     return [(one.kind, dict(one.body)) for one in site_audit(world.home, key).entries(after)]
@@ -37,7 +46,7 @@ def entries(world: World, after: int = 0) -> list[tuple[str, dict[str, Any]]]:
 def test_what_is_asked_and_what_is_answered_stand_there_as_they_were_signed(world: World) -> None:
     """Accepted and refused instructions, answers with their ledger entry, start and end; all of it verifies."""
     work, home = Trivial(), Home(world.home.folder)
-    agent = Agent(home, home.lock(), work, ledger=lambda: Head(3, "0" * 64))
+    agent = Agent(home, home.lock(), work, others={"ledger": Three()})
     before = len(entries(world))
     agent.start()
     try:

@@ -1,0 +1,91 @@
+"""Whether a server's folder shows what happened: its log against the sites' word and the database, and decisions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from consortium.protocol import audit, chain
+from consortium.protocol.audit import FOLDER, name_at_server
+from consortium.protocol.chain import Head, start_of
+from consortium.protocol.errors import IntegrityError
+from consortium.protocol.signing import public_key
+from consortium.server.audit import restores, verify
+from consortium.server.federation import DATABASE, Federation
+from consortium.server.heads import witnessed
+from consortium.server.store import Store
+
+
+@dataclass(frozen=True)
+class Checked:
+    """head: of the log. events, decisions: how many agree. sites: what each has countersigned of the log."""
+
+    head: Head
+    events: int
+    decisions: int
+    sites: Mapping[str, Head]
+
+
+def check(federation: Federation) -> Checked:
+    """Check a server's folder, also of one that runs.
+
+    Raises:
+        IntegrityError: naming the entry that is not as it was written, is missing, or says otherwise than the database.
+    """
+    store = Store(federation.folder / DATABASE)
+    try:
+        sites = witnessed(store, federation, restores(federation))
+        head = verify(federation, list(sites.values()))
+        return Checked(head, _events(store, federation), _decisions(store, federation.config.name), sites)
+    finally:
+        store.close()
+
+
+def _events(store: Store, federation: Federation) -> int:
+    """How many events stand in the log as they do in the database; what was before a restore is not there any more."""
+    name = name_at_server(federation.config.name, federation.root_fingerprint)
+    decided = {
+        (row["site"], row["sequence"], row["hash"])
+        for row in store.rows("SELECT site, sequence, hash FROM approvals")
+    }
+    first = max(restores(federation).values(), default=0)
+    count = 0
+    for entry in chain.entries(audit.segments(federation.folder / FOLDER), name, first):
+        one = entry.body
+        if entry.kind == "decided" and (one["site"], one["sequence"], one["hash"]) not in decided:
+            raise IntegrityError(
+                f"{federation.folder}: decision {one['sequence']} of site '{one['site']}', of which entry "
+                f"{entry.sequence} of the audit log tells, is not in the database any more, or is another one"
+            )
+        if "run" not in entry.body or "event" not in entry.body:
+            continue
+        number = entry.body["event"]
+        row = store.row("SELECT run, document FROM events WHERE id = ?", number)
+        if row is None:
+            raise IntegrityError(
+                f"{federation.folder}: entry {entry.sequence} of the audit log is about event {number}, which the "
+                "database lacks: an older copy of the database was put back"
+            )
+        said = {**json.loads(row["document"]), "run": row["run"]}
+        both = {key: value for key, value in said.items() if key in entry.body and key != "kind"}
+        if "cut" not in entry.body and (
+            len(both) != len(said) - 1 or any(entry.body[k] != both[k] for k in both)
+        ):
+            raise IntegrityError(
+                f"{federation.folder}: entry {entry.sequence} of the audit log says otherwise than event {number} of "
+                "the database"
+            )
+        count += 1
+    return count
+
+
+def _decisions(store: Store, federation: str) -> int:
+    """How many decisions of sites are as they were signed, each site's in a chain of its own."""
+    lines: dict[tuple[str, str], list[bytes]] = {}
+    for row in store.rows("SELECT site, identity, line FROM approvals ORDER BY site, identity, sequence"):
+        lines.setdefault((str(row["site"]), str(row["identity"])), []).append(str(row["line"]).encode())
+    for (site, identity), made in lines.items():
+        name = f"approvals {federation} {site}"
+        chain.continued(made, start_of(name), [public_key(identity)], name)
+    return sum(map(len, lines.values()))
