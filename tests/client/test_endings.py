@@ -193,8 +193,9 @@ def leftovers(home: Home) -> list[Path]:
 
 
 def test_worker_data_and_state_are_gone_within_seconds(world: World) -> None:
-    """The real agent and worker: of a run that is over nothing is left, not even when the site was away when it ended;
-    of one that failed its answer, which is the same when it is asked for again."""
+    """The real agent and worker: of a run that is over nothing is left, not even when the site was away when it ended,
+    nor of a file that was not written to its end; of one that failed its answer, which is the same when it is asked for
+    again."""
     world.with_data()
     question = first(world)
     with program(world) as one:
@@ -209,6 +210,7 @@ def test_worker_data_and_state_are_gone_within_seconds(world: World) -> None:
         again = world.answer_to(first(world, nonce=os.urandom(32).hex()))
         np.testing.assert_array_equal(again.payload.vectors["shared"], before.payload.vectors["shared"])
         assert state.stat().st_mtime_ns == written, "it was computed again"
+    state.with_name(f".{state.name}.0f1e2d3c").write_bytes(b"begun")  # as a worker that is killed leaves it
     world.endings = telling(world, OVER)
     with program(world) as one:
         wait_for(lambda: leftovers(world.home) == [] and not one.children(), 5, "something is left")
