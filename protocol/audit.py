@@ -34,8 +34,6 @@ SEGMENT = 4 << 20
 """Bytes after which another file is begun."""
 LONGEST_BODY = 200_000
 """Bytes of an entry's body; of a longer one its digest is kept."""
-RECENT = 20_000
-"""Entries whose hashes are known without reading a file."""
 REPAIRED = "repaired"
 
 
@@ -71,7 +69,6 @@ class Audit:
         self.folder, self.name = private_folder(folder), name
         self._key, self._keys, self._clock, self._segment = key, keys, clock, segment
         self._lock = threading.RLock()
-        self._recent: dict[int, str] = {}
         self._signs: Ed25519PrivateKey = key()
         with self._lock, self._alone():
             self._chain = self._last()
@@ -102,7 +99,6 @@ class Audit:
                     self._chain.sync()
                     self._chain = self._chain_at(self._chain.head.sequence + 1, self._chain.head)
                 head = self._chain.append(kind, _fitted(body), now, durable)
-                self._remember(head)
                 if durable:
                     self._durable = head
                 return head
@@ -139,8 +135,7 @@ class Audit:
         """Whether the log once ended with this head."""
         if head.sequence == 0:
             return head == start_of(self.name)
-        known = self._recent.get(head.sequence)
-        return (known or self._hash(head.sequence)) == head.hash
+        return self._hash(head.sequence) == head.hash
 
     def _hash(self, sequence: int) -> str:
         for path in reversed(segments(self.folder)):
@@ -151,11 +146,6 @@ class Audit:
                             return hashlib.sha256(line[:-1]).hexdigest()
                 break
         return ""
-
-    def _remember(self, head: Head) -> None:
-        self._recent[head.sequence] = head.hash
-        while len(self._recent) > RECENT:
-            del self._recent[next(iter(self._recent))]
 
     def _follow(self) -> bytes:
         """Be at the end of the log, with the key of now; the torn line that was found there."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -84,6 +87,31 @@ def test_it_knows_what_it_once_ended_with(tmp_path: Path) -> None:
         assert all(one.contains(head) for head in [start_of(NAME), *heads, one.head])
         assert not one.contains(Head(3, heads[3].hash))
         assert not one.contains(Head(99, heads[3].hash))
+
+
+def test_a_long_log_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
+    """An agent and a server write for months: what is kept of entries is on the disk alone."""
+    one = opened(tmp_path)
+    kept = []
+    for number in range(150):
+        one.note("event", {"number": number}, durable=False)
+        if number % 50 == 49:
+            gc.collect()
+            kept.append(sum(_held(one).values()))
+    assert kept[1] == kept[2]
+
+
+def _held(one: object) -> Counter[str]:
+    """How many things of each kind an object keeps, and what these keep; modules, classes and functions left out."""
+    found, seen, todo = Counter[str](), set[int](), [one]
+    while todo:
+        this = todo.pop()
+        if id(this) in seen or isinstance(this, type | ModuleType | FunctionType):
+            continue
+        seen.add(id(this))
+        found[type(this).__name__] += 1
+        todo += gc.get_referents(this)
+    return found
 
 
 def test_a_log_whose_key_is_replaced_goes_on(tmp_path: Path) -> None:
