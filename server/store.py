@@ -18,6 +18,8 @@ from consortium.protocol.errors import ConsortiumError, InputError, IntegrityErr
 from consortium.protocol.files import sync_folder
 
 FORMAT = 1
+CACHE = 256
+"""KiB of pages that SQLite holds. Its default of 2,000 would fill with events over hundreds of rounds."""
 
 _TABLES = """
 CREATE TABLE sites (              -- the roster: server/roster.py
@@ -155,6 +157,7 @@ class Store:
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute(f"PRAGMA cache_size = -{CACHE}")  # the kernel keeps the file's pages as well
             self._prepare()
             self._db.executescript(_LATER)
         except sqlite3.DatabaseError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _sqlite3
+import ctypes
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
-from consortium.server.store import FORMAT, STEPS, Store
+from consortium.server.store import CACHE, FORMAT, STEPS, Store
 
 NEXT = {
     **STEPS,
@@ -29,6 +31,22 @@ def made(path: Path) -> Path:
 def version(path: Path) -> int:
     with closing(sqlite3.connect(path)) as db:
         return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def test_a_long_history_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
+    """Of some megabytes of events that were written and read, SQLite holds a few hundred kilobytes."""
+    used = getattr(ctypes.CDLL(_sqlite3.__file__), "sqlite3_memory_used", None)
+    if used is None:
+        pytest.skip("SQLite is built into Python here, and cannot be asked")
+    used.restype = ctypes.c_int64
+    store = Store(tmp_path / "db")
+    before = used()
+    for number in range(600):
+        with store.transaction() as db:
+            db.execute("INSERT INTO events (run, at, document) VALUES ('r', ?, ?)", (number, "x" * 5000))
+    assert len(store.rows("SELECT document FROM events WHERE run = 'r' ORDER BY id")) == 600
+    assert used() - before < 2 * CACHE * 1024
+    store.close()
 
 
 def test_an_earlier_format_is_upgraded_after_a_copy(tmp_path: Path) -> None:
