@@ -163,7 +163,8 @@ class Sealer:
     def end(self) -> Piece:
         """The rest of the file."""
         start, self._start = self._start, b""
-        return start + bytes(self._chunk(self._kept, last=True))
+        rest = self._chunk(self._kept, last=True)
+        return start + bytes(rest) if start else rest
 
     def _chunk(self, content: Piece, *, last: bool) -> Piece:
         out = self._out[: len(content) + _TAG]
