@@ -29,6 +29,7 @@ from consortium.client.work import SiteWork
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.heads import APPROVALS, LEDGER
 from consortium.protocol.keys import PASSPHRASE
+from consortium.protocol.memory import one_heap
 
 ENDING = 4.0
 """Seconds that threads have to end."""
@@ -44,6 +45,7 @@ def run(home: Home) -> None:
         InputError: the site has not joined, its folder is not in order, or an agent runs over it already.
     """
     os.umask(0o077)
+    one_heap()
     config = home.config
     with _alone(home):
         lock = home.lock()

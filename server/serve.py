@@ -24,6 +24,7 @@ from typing import Any
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.joincode import JoinCode
 from consortium.protocol.keys import Lock
+from consortium.protocol.memory import one_heap
 from consortium.protocol.signing import INSTRUCTION, sign
 from consortium.server.admin_door import AdminDoor
 from consortium.server.approvals import Approvals
@@ -306,6 +307,7 @@ def serve(folder: Path, lock: Lock | None = None) -> None:
     Raises:
         InputError: the folder holds none, another server runs over it, or a port is taken.
     """
+    one_heap()
     federation = Federation.open(folder, lock)
     with _alone(folder):
         server = Server(federation)

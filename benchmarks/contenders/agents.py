@@ -25,6 +25,7 @@ from consortium.client.agent import Agent
 from consortium.client.home import Home
 from consortium.client.work import Answered, Given
 from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.memory import one_heap
 from consortium.protocol.messages import Answer, Payload, encode
 from consortium.server.admin_client import Admin
 from contenders.live import FEATURES, ROWS
@@ -138,6 +139,7 @@ def agents(homes: Sequence[Path], parameters: int = FEATURES + 1, faulty: float 
 
 
 def _host(homes: Sequence[Path], parameters: int, faulty: float, pipe: Connection) -> None:
+    one_heap()  # as `client/program.py` does
     running = []
     for number, folder in enumerate(homes):
         home = Home(folder)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from heaps import heaps
 from site_world import SITE, World, program, retold, wait_for
 
 from consortium.client import mapping
@@ -79,7 +80,8 @@ LONG = {"training": {"lr": 0.01, "local_epochs": 6000}}
 
 def test_a_site_answers_as_in_a_simulation_bit_for_bit(world: World) -> None:
     """Query, train (SCAFFOLD, with state between rounds) and evaluate by a real worker, one process for all, equal the
-    simulation's site; nothing but the answers' own nonce differs. The agent ends within 5 s and leaves no process."""
+    simulation's site; nothing but the answers' own nonce differs. The agent's threads share one heap, it ends in 5 s,
+    and it leaves no process."""
     study = with_study(world, strategy={"name": "scaffold"}, study={"rounds": 2})
     site = inline(world, study)
     with program(world) as one:
@@ -96,6 +98,7 @@ def test_a_site_answers_as_in_a_simulation_bit_for_bit(world: World) -> None:
         assert [retold(answer) for answer in answers] == [retold(site.answer(q)) for q in (query, *questions)]
         assert one.log.count("is started") == 1
         assert answers[1].payload.vectors["control"].any()
+        assert heaps(one.process.pid) == 1
         world.endings = lambda poll: world.ended(poll, OVER) if poll["runs"] else None
         wait_for(lambda: not list(world.home.spool.iterdir()), 5, "the copy of the data stays")
         assert one.end() < 5

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from attacker import Line, Said, blind, head, resident
+from heaps import heaps
 from realm import Actor, Honest, Realm, answer, realm
 
 from consortium.protocol import wire
@@ -199,6 +200,7 @@ def test_answers_that_nobody_reads_hold_no_memory(harbour: Realm, pirate: Actor)
         for line in lines:
             line.send(head("GET", wire.TRUST) * 100)
         time.sleep(2)
+        assert heaps(harbour.server.pid) == 1, "what one connection's thread has freed is no use to another's"
         for line in lines:
             line.close()
 
