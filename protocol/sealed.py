@@ -137,7 +137,7 @@ class Sealer:
     def __init__(self, key: DataKey) -> None:
         salt = secrets.token_bytes(_SALT)
         self._cipher, self._prefix = _cipher(key, salt)
-        self._out = memoryview(bytearray(CHUNK + _TAG))
+        self._out = memoryview(b"")
         self._start, self._number = _MAGIC + salt, 0
         self._kept = bytearray()  # the last chunk is kept back, full or not
 
@@ -167,7 +167,10 @@ class Sealer:
         return start + bytes(rest) if start else rest
 
     def _chunk(self, content: Piece, *, last: bool) -> Piece:
-        out = self._out[: len(content) + _TAG]
+        length = len(content) + _TAG
+        if len(self._out) < length:  # the only chunk of a small file, or the first of several
+            self._out = memoryview(bytearray(length))
+        out = self._out[:length]
         self._cipher.encrypt_into(_nonce(self._prefix, self._number, last=last), content, None, out)
         self._number += 1
         return out

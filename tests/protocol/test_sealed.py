@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,14 @@ def test_the_data_key_opens_under_its_lock_alone(tmp_path: Path) -> None:
     path.write_bytes(changed(path.read_bytes(), 60))
     with pytest.raises(IntegrityError, match="restore it from a backup"):
         data_key(path, LOCK)
+
+
+def test_a_small_file_is_sealed_in_little_memory() -> None:
+    """A server does so with each small answer, in as many threads as sites: not a chunk's megabyte in each."""
+    sealed(b"x")  # what is loaded once
+    tracemalloc.start()
+    try:
+        sealed(b"x" * 2000)
+        assert tracemalloc.get_traced_memory()[1] < 50_000
+    finally:
+        tracemalloc.stop()
