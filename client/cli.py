@@ -12,6 +12,7 @@ import typer
 
 from consortium.client.audit_cli import audit
 from consortium.client.data_cli import data
+from consortium.client.evidence_cli import evidence
 from consortium.client.ledger_cli import ledger
 from consortium.client.model_cli import model
 from consortium.client.options import Folder, Json, home_in
@@ -30,7 +31,7 @@ client.add_typer(audit, name="audit")
 client.add_typer(data, name="data")
 client.add_typer(ledger, name="ledger")
 client.add_typer(model, name="model")
-for command in (review, approve, reject):
+for command in (review, approve, reject, evidence):
     client.command()(command)
 
 

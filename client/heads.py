@@ -195,6 +195,15 @@ def _in_log(audit: Audit) -> dict[str, Any]:
     return {}
 
 
+def statement_in(home: Home) -> dict[str, Any]:
+    """The server's newest statement, as it signed it; empty where it made none.
+
+    Raises:
+        IntegrityError: what is kept is damaged.
+    """
+    return _in_file(home)
+
+
 def _in_file(home: Home) -> dict[str, Any]:
     try:
         document = json.loads(home.heads_file.read_bytes())

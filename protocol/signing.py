@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from consortium.protocol.errors import IntegrityError
 
 INSTRUCTION, ANSWER, TRUST, JOIN = "instruction", "answer", "trust", "join"
-CHAIN, HEAD, MODEL, ENDINGS, EPOCH, GATE, DELIVERY, APPROVAL, MEMBER, HEADS = (
-    "chain", "head", "model", "endings", "epoch", "gate", "delivery", "approval", "member", "heads",
+CHAIN, HEAD, MODEL, ENDINGS, EPOCH, GATE, DELIVERY, APPROVAL, MEMBER, HEADS, EVIDENCE = (
+    "chain", "head", "model", "endings", "epoch", "gate", "delivery", "approval", "member", "heads", "evidence",
 )  # fmt: skip
 """The purposes."""
 SIGNATURE_BYTES = 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from consortium.server.audit_cli import server
+from consortium.server.evidence_cli import server
 from consortium.server.model_cli import model
 from consortium.server.study_cli import study
 
