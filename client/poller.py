@@ -227,7 +227,10 @@ class Poller:
         if self._dropped & (self._dropped - 1) == 0:
             times = f" ({self._dropped} times in a row)" if self._dropped > 1 else ""
             _log.warning("an instruction is dropped: %s%s", error, times)
-            self._note("dropped", {"why": str(error)[:LONGEST], "times": self._dropped})
+            try:
+                self._note("dropped", {"why": str(error)[:LONGEST], "times": self._dropped})
+            except ConsortiumError as unwritten:  # nothing was done that the log would have to tell of
+                _log.error("%s", unwritten)
         return self._dropping.next()
 
     def _note_lost(self, error: Exception) -> float:

@@ -96,6 +96,9 @@ def test_nothing_is_done_or_sent_that_cannot_be_noted(world: World) -> None:
         wait_for(lambda: agent.status()["runs"].get("r", {}).get("state") == "failed", 20, "is not given up")
         assert (work.given, world.puts) == ([], puts)
         world.offers.clear()
+        world.offer(world.instruction(site="other"))  # is dropped, which cannot be noted either
+        wait_for(lambda: agent._poller._dropped > 0, 20, "is not dropped")
+        world.offers.clear()
         gone.rename(home.audit)
         assert world.answer_to(world.instruction(round=4)).status == "done"
     finally:
