@@ -107,6 +107,7 @@ def test_a_backup_is_of_one_moment_while_rounds_are_committed(fed: Folder, tmp_p
         while not ended.is_set():
             number += 1
             fed.commit(number)
+            ended.wait(0.01)  # the fastest rounds that were seen take 15 ms
 
     thread = threading.Thread(target=storm)
     thread.start()
