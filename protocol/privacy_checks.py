@@ -103,7 +103,7 @@ def _scores(privacy: Privacy, evaluation: Evaluation) -> Iterator[Problem]:
         yield Problem("evaluation.auroc", "'exact'", right)
 
 
-def _sampled(privacy: Privacy, cohort: Cohort) -> Iterator[Problem]:
+def _sampled(privacy: Privacy, cohort: Cohort, evaluation: Evaluation) -> Iterator[Problem]:
     """A Poisson cohort is worth its trouble where it makes the noise at the server less, and there alone."""
     if cohort.sampling_rate is None:
         return
@@ -116,12 +116,15 @@ def _sampled(privacy: Privacy, cohort: Cohort) -> Iterator[Problem]:
             "the bound adapts to those that answer, and a drawn cohort may be empty; leave one of them out"
         )
         yield Problem("privacy.clip_quantile", f"{privacy.clip_quantile:g}", right)
+    if evaluation.select == "best":
+        right = 'its judges would be a drawn cohort, which must stay secret; "last" would be right'
+        yield Problem("evaluation.select", "'best'", right)
 
 
 CHECKS: dict[str, Any] = {
     "privacy": _alone,
     "privacy+training+cohort": _delta,
-    "privacy+cohort": _sampled,
+    "privacy+cohort+evaluation": _sampled,
     "privacy+strategy": _strategy,
     "privacy+data": _person,
     "privacy+evaluation": _scores,

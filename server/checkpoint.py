@@ -358,6 +358,7 @@ def _round_document(one: Round) -> dict[str, Any]:
         "aside": dict(one.aside),
         "notes": dict(one.notes),
         "updates": dict(one.updates),
+        **({"drawn_from": one.drawn_from} if one.drawn_from else {}),
     }
 
 
@@ -375,6 +376,7 @@ def _round(document: Mapping[str, Any]) -> Round:
         aside=document.get("aside", {}),
         notes=document.get("notes", {}),
         updates=document.get("updates", {}),
+        drawn_from=tuple(document.get("drawn_from", ())),
     )
 
 

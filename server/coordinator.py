@@ -278,6 +278,8 @@ def _trained(
     control = state.control
     digest = name(model)
     record = _record(state, ballot, number, "", digest, clock() - started)
+    if plan.sampled:
+        record = replace(record, drawn_from=tuple(sorted({*clients.sites(), *ballot.asked})))
     if control is not None:
         at_hand = {*clients.sites(), *ballot.asked}
         record = replace(record, unseen=len(at_hand - state.counted.keys()))

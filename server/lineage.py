@@ -65,10 +65,11 @@ def lineage(plan: Plan, outcome: Outcome) -> dict[str, Any]:
 
 
 def sites(outcome: Outcome) -> list[str]:
-    """Names of the sites whose updates are in the model, or whose statistics prepare its inputs."""
+    """Names of the sites whose updates are in the model, or whose statistics prepare its inputs; of Poisson cohorts, of
+    those that they were drawn from, as a site that was never drawn must not be told from the others."""
     last = made_after(outcome)
     counted = [one for one in outcome.state.rounds if not one.void and one.round <= last]
-    return sorted({site for one in counted for site in one.admitted})
+    return sorted({site for one in counted for site in one.drawn_from or one.admitted})
 
 
 def made_after(outcome: Outcome) -> int:

@@ -127,6 +127,7 @@ class Round:
     admitted: weights by site, of those whose answers counted (the survivor set).
     left_out: reasons by site.
     unseen: of SCAFFOLD alone, else 0: sites at hand that had never counted before.
+    drawn_from: the sites of which a Poisson cohort was drawn, in name order; empty where cohorts are none.
     aside: by site, why it was not asked though it was at hand.
     notes: by site, what it said beside an answer that counted, such as how many records it skipped.
     updates: by admitted site, the SHA-256 (hex) of its answer's content, as it signed it; empty where nothing travels.
@@ -147,10 +148,12 @@ class Round:
     aside: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     updates: Mapping[str, str] = field(default_factory=dict)
+    drawn_from: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         keep = partial(object.__setattr__, self)  # as above
         keep("asked", shared(self.asked))
+        keep("drawn_from", shared(self.drawn_from))
         keep("admitted", Numbers(self.admitted))
         keep("left_out", words(self.left_out))
         keep("aside", words(self.aside) if self.aside else _NONE)

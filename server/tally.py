@@ -202,7 +202,7 @@ def releases(rounds: Sequence[Round], mechanism: Mechanism | None) -> dict[str, 
     """
     if mechanism is not None and mechanism.sampled:  # a round costs all the same, whoever was drawn
         moved = sum(bool(record.round) for record in rounds)
-        return dict.fromkeys(sorted({site for record in rounds for site in record.asked}), moved)
+        return dict.fromkeys(sorted({site for record in rounds for site in record.drawn_from}), moved)
     found: set[tuple[str, int]] = set()
     for record in rounds:
         if mechanism is None or not record.round:

@@ -95,6 +95,17 @@ def test_what_is_exported_does_not_say_who_was_drawn() -> None:
     assert {one["releases"] for one in privacy(plan, result.outcome)["sites"].values()} == {4}
 
 
+def test_a_site_that_was_never_drawn_is_not_told_from_the_others() -> None:
+    """Of a single round, whoever the bundle names would be the cohort itself."""
+    study = sampled(rate=0.5, rounds=1)
+    sites = [f"s{number}" for number in range(5)]
+    result = simulate(study, sites={site: table(60, n) for n, site in enumerate(sites)}, processes=0)
+    plan = Plan(study, strategy_of(study), result.layout, result.outcome.model)
+    assert 0 < len(result.outcome.state.rounds[-1].asked) < 5
+    assert lineage(plan, result.outcome)["sites"] == sites
+    assert list(privacy(plan, result.outcome)["sites"]) == sites
+
+
 def test_a_site_charges_the_whole_run_at_its_first_round(tmp_path: Path) -> None:
     """Rounds that it was not in cost it the same, and it does not see them."""
     one, key = mechanism_of(sampled()), Ed25519PrivateKey.generate()
@@ -123,6 +134,13 @@ def test_where_it_would_earn_nothing_it_is_refused(cohort: str, privacy_: str, w
     """When the study is read, with the key and what to write."""
     with pytest.raises(StudyError, match=word):
         private_study(privacy_, cohort=cohort)
+
+
+def test_the_judges_of_a_best_model_would_be_a_cohort() -> None:
+    """So the last model is kept, which all sites judge."""
+    text = sampled().text + '[evaluation]\nselect = "best"\n'
+    with pytest.raises(StudyError, match=r"evaluation.select"):
+        Study.parse(text)
 
 
 def test_only_means_count_an_absent_site_as_zero() -> None:
