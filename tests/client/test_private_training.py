@@ -9,7 +9,13 @@ from private_studies import private_study, table
 from torch import Tensor, nn
 
 from consortium.client import Task
-from consortium.client.private_training import Private, clipped_sum, refuse_unclippable, refuse_unfit
+from consortium.client.private_training import (
+    Private,
+    _add_clipped,
+    clipped_sum,
+    refuse_unclippable,
+    refuse_unfit,
+)
 from consortium.client.site import Rows, open_site, rows, start
 from consortium.client.task import Source, task_of
 from consortium.client.trainer import Resident
@@ -72,6 +78,18 @@ def test_no_unit_moves_the_sum_by_more_than_the_bound(settings: dict[str, str]) 
         moved.append(float(np.linalg.norm(whole - left)))
     assert max(moved) <= 0.3
     assert max(moved) > 0.29
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_gradient_whose_small_numbers_are_lost_in_a_sum_is_no_longer_than_the_bound(strided: bool) -> None:
+    """One large number first, and 2,047 whose squares float32 rounds away beside it, one after the other."""
+    numbers = torch.full((1, 2048), 2.0**-12 * 0.999)
+    numbers[0, 0] = 1.0
+    part = numbers.expand(64, -1)
+    part = part.t().contiguous().t() if strided else part.contiguous()
+    total = np.zeros(2048)
+    _add_clipped(total, [part], 0.5)
+    assert 0.499 < np.linalg.norm(total) / 64 <= 0.5
 
 
 def test_gradients_are_those_of_torch_row_by_row() -> None:
