@@ -168,16 +168,18 @@ def text(said: Mapping[str, Any]) -> str:
         after = [f"{one['round']}: {one['epsilon']:.3f}" for one in said["after_rounds"]]
         lines.append(f"  each site, epsilon at delta {said['delta']:g} per {said['unit']} after round")
         lines += ["    " + "  ".join(after[start : start + 6]) for start in range(0, len(after), 6)]
-        lines.append("  with other noise multipliers, after all rounds")
+        lines.append(
+            f"  with other noise multipliers, epsilon at delta {said['delta']:g} per {said['unit']} after all rounds"
+        )
         lines += [
-            f"    {one['noise_multiplier']:.4g}: epsilon {_shown(one['epsilon'])}"
-            for one in said["other_noise"]
+            f"    {one['noise_multiplier']:.4g}: {_shown(one['epsilon'])}" for one in said["other_noise"]
         ]
     lines.append("  accounted    " + ("; ".join(said["accounted"]) or "nothing"))
     lines.append("  not covered  " + "; ".join(said["not_covered"]))
     for site, one in said.get("sites", {}).items():
         lines.append(
-            f"  {site}: {one['releases']} releases, epsilon {_shown(one['epsilon'])} at delta {one['delta']:g}"
+            f"  {site}: {one['releases']} releases, epsilon {_shown(one['epsilon'])} at delta {one['delta']:g} per "
+            f"{one['unit']}"
         )
     return "\n".join(lines)
 

@@ -101,7 +101,8 @@ def test_study_check_prints_what_each_site_will_have_spent(tmp_path: Path) -> No
     shown = CliRunner().invoke(command, ["check", str(path)])
     assert shown.exit_code == 0, shown.output
     for word in (
-        "delta 1e-05 per record",
+        "delta 1e-05 per record, after all rounds",
+        "with other noise multipliers, epsilon at delta 1e-05 per record",
         "add or remove one",
         "Poisson sampling, rate 0.1",
         "PLD",
