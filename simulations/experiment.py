@@ -224,7 +224,10 @@ def experiment(
             for seed in numbers:
                 for label, one, level in studies:
                     where = rooms[one.privacy.mechanism == "none"]
-                    made = _trial(label, one, seed, sites, where, processes, faults, counter, attacks)
+                    states = States() if attacks else None
+                    made = _trial(label, one, seed, sites, where, processes, faults, counter, states)
+                    if states is not None:
+                        made = _attacked(made, sites, states, counter)
                     trials.append(replace(made, level=level))
                 if baselines:
                     references.append(_baselines(room, seed, counter))
@@ -237,26 +240,6 @@ def experiment(
 
 
 def _trial(
-    name: str,
-    study: Study,
-    seed: int,
-    sites: Sites,
-    room: base.OneRoom,
-    processes: int | None,
-    faults: Sequence[Fault],
-    counter: _Counter,
-    attacks: bool,
-) -> Trial:
-    states = States()
-    made = _made(name, study, seed, sites, room, processes, faults, counter, states if attacks else None)
-    if not attacks or made.result.status == "failed":
-        return made
-    counter.tell(f"{name}, seed {seed}", "attacking the model and its updates", advance=False)
-    study = study.with_(study={"seed": seed})
-    return replace(made, attacked=attack(study, sites.sources, states, made.result.outcome.model))
-
-
-def _made(
     name: str,
     study: Study,
     seed: int,
@@ -290,6 +273,14 @@ def _made(
     except InputError as error:
         counter.tell(f"{name}, seed {seed}", str(error), advance=False, loud=True)
         return Trial(name, seed, result, {})
+
+
+def _attacked(trial: Trial, sites: Sites, states: States, counter: _Counter) -> Trial:
+    result = trial.result
+    if result.status == "failed":
+        return trial
+    counter.tell(f"{trial.strategy}, seed {trial.seed}", "attacking the model and its updates", advance=False)
+    return replace(trial, attacked=attack(result.study, sites.sources, states, result.outcome.model))
 
 
 def _tell(counter: _Counter, name: str, study: Study, seed: int, item: Round | Evaluation) -> None:
