@@ -5,9 +5,7 @@ as it leaves it or, where the noise is added at the server, the change of the mo
 
     membership  which rows were trained on? By the final model's loss on a row (Yeom et al., arXiv 1709.01604), and by
                 how far each update points along the row's own gradient (Nasr et al., arXiv 1812.00910).
-    inversion   which row was it? Of a round that is one step over one row, the worst for a site: in closed form where a
-                dense layer with a bias comes first (Geiping et al., arXiv 2003.14053, proposition 3.1), and by making
-                the gradient's cosine small, with total variation for images (the same, equation 4).
+    inversion   which row was it? See `simulations/inversion.py`.
 """
 
 from __future__ import annotations
@@ -16,18 +14,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from consortium.client.private_training import Private
 from consortium.client.site import Rows, open_site, rows, start
 from consortium.client.task import Source, Task, task_of
-from consortium.client.trainer import Resident, TorchTrainer, seed_for
+from consortium.client.trainer import Resident
 from consortium.privacy import mechanisms
 from consortium.privacy.accounting import spent
 from consortium.privacy.ledger import Question, charge_of, seen_by
@@ -37,6 +33,7 @@ from consortium.protocol.layout import digest_of
 from consortium.protocol.messages import Instruction, Payload, Statistics
 from consortium.protocol.study import Study
 from consortium.server.records import InMemory, RunState
+from consortium.simulations.inversion import Table, invert, named, row_gradients
 from consortium.strategies.base import Local
 from consortium.strategies.chosen import strategy_of
 
@@ -44,14 +41,7 @@ FPR = 0.01
 """The share of rows that were not trained on which an attacker may take for trained on."""
 ROUNDS = 30
 """Of a run, the first that are attacked."""
-VICTIMS = 6
-"""Rows that are looked for."""
-STEPS, RATE, SMOOTH = 300, 0.05, 1e-3
-"""Of the search for a row: steps, learning rate, and how much an image's total variation counts."""
 _PIECE = 256
-
-Table = tuple[Tensor, Tensor]
-"""Inputs and targets, a row each."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +92,7 @@ def attack(study: Study, sources: Sequence[Source], states: States, model: Vecto
         _bound(study, mechanism),
         sum(len(inside[0]) for inside, _ in tables.values()),
         sum(len(outside[0]) for _, outside in tables.values()),
-        _inversion(study, task, local, net, first, len(sources), mechanism),
+        invert(study, task, local, net, first, len(sources), mechanism),
     )
 
 
@@ -201,9 +191,9 @@ def _question(
 
 def _along(task: Task, net: Resident, table: Table, direction: Vector) -> NDArray[np.float64]:
     """By row: the cosine of its loss's gradient with `direction`, (shared,) as in the layout; 0 for no gradient."""
-    parts = {name: part.reshape(-1) for name, part in _named(net, direction).items()}
+    parts = {name: part.reshape(-1) for name, part in named(net, direction).items()}
     length = math.sqrt(sum(float((part.double() ** 2).sum()) for part in parts.values())) or 1.0
-    of, found = _gradients(task, net), []
+    of, found = row_gradients(task, net), []
     for at in range(0, len(table[0]), _PIECE):
         gradients = of(table[0][at : at + _PIECE], table[1][at : at + _PIECE])
         flat = {name: one.reshape(len(one), -1) for name, one in gradients.items() if name in parts}
@@ -213,31 +203,6 @@ def _along(task: Task, net: Resident, table: Table, direction: Vector) -> NDArra
     return np.concatenate(found) if found else np.zeros(0)
 
 
-def _named(net: Resident, vector: Vector) -> dict[str, Tensor]:
-    """A vector of the shared segment as arrays by name."""
-    found, place = {}, 0
-    for array in net.layout["shared"].arrays:
-        size = math.prod(array.shape)
-        found[array.name] = torch.from_numpy(np.array(vector[place : place + size])).reshape(array.shape)
-        place += size
-    return found
-
-
-def _gradients(task: Task, net: Resident) -> Any:
-    """From inputs and targets to each row's gradients by parameter, of the model as it is now."""
-    weights = {name: one.detach() for name, one in net.module.named_parameters() if one.requires_grad}
-    buffers = dict(net.module.named_buffers())
-    net.train(False)
-
-    def loss(own: dict[str, Tensor], row: Tensor, target: Tensor) -> Tensor:
-        output = torch.func.functional_call(net.module, (own, buffers), (row.unsqueeze(0),))
-        return task.loss(output, target.unsqueeze(0))
-
-    return partial(
-        torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different"), weights
-    )
-
-
 def _losses(task: Task, net: Resident, inputs: Tensor, targets: Tensor) -> NDArray[np.float64]:
     """By row, of the model as it is now."""
     net.train(False)
@@ -245,101 +210,3 @@ def _losses(task: Task, net: Resident, inputs: Tensor, targets: Tensor) -> NDArr
         outputs = net.module(inputs)
         each = [float(task.loss(outputs[i : i + 1], targets[i : i + 1])) for i in range(len(inputs))]
     return np.array(each, np.float64)
-
-
-# Inversion
-
-
-def _inversion(
-    study: Study,
-    task: Task,
-    local: Local,
-    net: Resident,
-    table: Table,
-    sites: int,
-    mechanism: Mechanism | None,
-) -> dict[str, float]:
-    chosen = torch.arange(0, len(table[0]), max(1, len(table[0]) // VICTIMS))[:VICTIMS]
-    inputs, targets = table[0][chosen], table[1][chosen]
-    initial = start(study, task, local).vector("shared")
-    seen = [
-        _one_step(study, task, net, initial, (inputs[i : i + 1], targets[i : i + 1]), sites, mechanism)
-        for i in range(len(chosen))
-    ]
-    net.load(initial, None)
-    middle = table[0].mean(0)
-    guesses = {"cosine": _search(task, net, seen, targets, middle)}
-    exact = [_closed_form(net, one, middle.shape) for one in seen]
-    if all(one is not None for one in exact):
-        guesses["closed form"] = torch.stack([one for one in exact if one is not None])
-    worst = (inputs - middle).flatten(1).norm(dim=1).clamp_min(1e-12)
-    return {
-        name: median(((guess - inputs).flatten(1).norm(dim=1) / worst).tolist())
-        for name, guess in sorted(guesses.items())
-    }
-
-
-def _one_step(
-    study: Study,
-    task: Task,
-    net: Resident,
-    model: Vector,
-    table: Table,
-    sites: int,
-    mechanism: Mechanism | None,
-) -> Vector:
-    """What is seen of a site whose round is one step over one row. Noise at the server hides it among as many sites as
-    there are, of which the attacker knows all others' updates."""
-    inputs, targets = table
-    trainer = TorchTrainer(task, net, Local(), inputs, targets, inputs[:0], targets[:0])
-    draws = Stream.system()
-    private = Private(mechanism, draws) if mechanism is not None and mechanism.name == "dp-sgd" else None
-    seed = seed_for(study.seed, "attack", 0)
-    update, _ = trainer.train({"shared": model}, {}, [np.array([0])], seed, private)
-    shared = np.array(update.vectors["shared"])
-    if mechanism is None or private is not None:
-        return shared
-    clipped, _ = mechanisms.clip(shared, mechanism.clip_norm)
-    deviation = mechanism.local_deviation or mechanism.update_multiplier(sites) * mechanism.clip_norm
-    return mechanisms.add_noise(clipped, deviation, draws)
-
-
-def _closed_form(net: Resident, seen: Vector, shape: Sequence[int]) -> Tensor | None:
-    """The row from the first dense layer with a bias: the ratio of its gradients, by least squares over its units."""
-    arrays = _named(net, seen)
-    for name, part in net.module.named_modules():
-        prefix = f"{name}." if name else ""
-        weight, bias = arrays.get(f"{prefix}weight"), arrays.get(f"{prefix}bias")
-        if isinstance(part, nn.Linear) and weight is not None and bias is not None:
-            if weight.shape[1] != math.prod(shape):
-                return None  # something else comes first
-            return (bias @ weight / (bias @ bias).clamp_min(1e-30)).reshape(tuple(shape))
-    return None
-
-
-def _search(task: Task, net: Resident, seen: Sequence[Vector], targets: Tensor, middle: Tensor) -> Tensor:
-    """Rows, starting from the mean one, whose gradients point where the updates do; their targets are known."""
-    each = [_named(net, -one) for one in seen]
-    of = _gradients(task, net)
-
-    def away(rows: Tensor) -> Tensor:
-        made = of(rows, targets)
-        pairs = [
-            (one.flatten(1), torch.stack([other[name] for other in each]).flatten(1))
-            for name, one in made.items()
-            if name in each[0]
-        ]
-        dots = torch.stack([(one * other).sum(1) for one, other in pairs]).sum(0)
-        lengths = [torch.stack([(pair[side] ** 2).sum(1) for pair in pairs]).sum(0) for side in (0, 1)]
-        found = (1 - dots / (lengths[0] * lengths[1]).clamp_min(1e-24).sqrt()).sum()
-        if rows.dim() == 4:
-            found = found + SMOOTH * (rows.diff(dim=2).abs().mean() + rows.diff(dim=3).abs().mean())
-        return found
-
-    rows = middle.expand(len(seen), *middle.shape).clone()
-    mover = torch.optim.Adam([rows], RATE)
-    gradient = torch.func.grad(away)
-    for _ in range(STEPS):
-        rows.grad = gradient(rows)
-        mover.step()
-    return rows
