@@ -1,7 +1,8 @@
 """One study at several levels of privacy: what accuracy each epsilon leaves, by record, by person and by site.
 
 Each level is the same study with another [privacy]: dp-sgd by record, by person where the data name people, noise at
-the server by site where the strategy states a sensitivity. Trying settings on the same records costs what all the runs
+the server by site where the strategy states a sensitivity. Poisson cohorts, which earn something by site alone, are all
+sites elsewhere. Trying settings on the same records costs what all the runs
 cost together: in a simulation nobody's records are at stake, or they should not be.
 """
 
@@ -71,7 +72,7 @@ def levels(study: Study, wanted: list[float]) -> list[Level]:
         lines = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
         raise InputError(f"--epsilon: the study fits no level of privacy\n{lines}\nCorrect the study")
     if math.inf in wanted:
-        found.append(Level(study.with_(privacy=_nothing(study)), "any", math.inf))
+        found.append(Level(study.with_(privacy=_nothing(study), cohort=_all(study)), "any", math.inf))
     return found
 
 
@@ -85,7 +86,13 @@ def _at(study: Study, unit: str, mechanism: str, epsilon: float) -> Study:
     table = study.strategy.table()
     if unit == "site" and ":" not in table["name"]:
         table = {**table, "weighted": False}
-    return study.with_(privacy=values, strategy=table)
+    cohort = {} if mechanism == "central-gaussian" else _all(study)
+    return study.with_(privacy=values, strategy=table, cohort=cohort)
+
+
+def _all(study: Study) -> dict[str, object]:
+    """What to change of [cohort] where no Poisson sample may be drawn."""
+    return {} if study.cohort.sampling_rate is None else {"sampling_rate": None, "size": None}
 
 
 def _nothing(study: Study) -> dict[str, object]:

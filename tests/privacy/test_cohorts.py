@@ -25,6 +25,7 @@ from consortium.server.noise import noised
 from consortium.server.records import Plan
 from consortium.simulations import simulate
 from consortium.simulations.faults import Fault
+from consortium.simulations.privacy_levels import levels
 from consortium.strategies import chosen
 from consortium.strategies.base import poisson
 from consortium.strategies.catalogue import build
@@ -150,3 +151,12 @@ def test_only_means_count_an_absent_site_as_zero() -> None:
     assert chosen._sums(plain)
     assert chosen._sums(replace(plain, reducer=norm_bounded(1.0, weighted=False)))
     assert not chosen._sums(replace(plain, reducer=weighted_mean()))
+
+
+def test_levels_of_a_sampled_study_keep_its_cohorts_where_they_earn_something() -> None:
+    """By site alone; by record and without privacy all sites are asked, where a sample would be refused."""
+    found = {one.label: one.study.cohort for one in levels(sampled(), [4.0, math.inf])}
+    assert found.keys() == {"record, epsilon 4", "site, epsilon 4", "no privacy"}
+    rates = {label: (cohort.sampling_rate, cohort.size) for label, cohort in found.items()}
+    assert rates.pop("site, epsilon 4") == (0.3, 2)
+    assert set(rates.values()) == {(None, None)}
