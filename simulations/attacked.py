@@ -52,7 +52,9 @@ def shown(value: float | None) -> str:
 
 
 def _listed(values: dict[str, float | None]) -> str:
-    return ", ".join(f"by {way} {shown(value) or 'not known'}" for way, value in values.items())
+    return (
+        ", ".join(f"by {way} {shown(value) or 'not known'}" for way, value in values.items()) or "not known"
+    )
 
 
 def _mean(values: list[float]) -> float | None:

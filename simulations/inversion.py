@@ -44,7 +44,12 @@ def invert(
     sites: int,
     mechanism: Mechanism | None,
 ) -> dict[str, float]:
-    """By way, the median error of some rows of `table` that are looked for, over that of guessing the mean row."""
+    """By way, the median error of some rows of `table` that are looked for, over that of guessing the mean row.
+
+    Empty for a model with BatchNorm, where a row has no gradient of its own, nor can be trained on by itself.
+    """
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in net.module.modules()):
+        return {}
     chosen = torch.arange(0, len(table[0]), max(1, len(table[0]) // VICTIMS))[:VICTIMS]
     inputs, targets = table[0][chosen], table[1][chosen]
     initial = start(study, task, local).vector("shared")

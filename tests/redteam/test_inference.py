@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,10 @@ import torch
 from private_studies import private_study
 
 from consortium.client.task import Source
+from consortium.protocol import Study
 from consortium.simulations import attacks, simulate
+from consortium.simulations.attacked import lines as lines_of
+from consortium.simulations.experiment import Experiment, Trial
 
 COLUMNS, ROWS, SITES = 150, 120, 2
 PRIVACY = {
@@ -61,6 +65,29 @@ def test_what_is_learnt_by_heart_is_found_and_privacy_hides_it() -> None:
     # Both shares vary: that of the trained rows, and that of the others, of which one in a hundred was let pass.
     slack = 6 * math.sqrt(private.bound / private.trained) + 6 * math.e * math.sqrt(0.01 / private.others)
     assert max(private.true_positives.values()) <= private.bound + slack
+
+
+def test_a_model_that_mixes_rows_is_attacked_but_for_the_round_over_one_row(tmp_path: Path) -> None:
+    """BatchNorm trains on no single row, so there is no such round to invert; membership is told, and so is this."""
+    (tmp_path / "task.py").write_text(
+        "import torch\nfrom torch import nn\nfrom consortium.client import Examples, Task\n"
+        "class T(Task):\n"
+        "    def model(self): return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))\n"
+        "    def loss(self, outputs, targets): return ((outputs - targets) ** 2).mean()\n"
+        "    def data(self, source): return Examples(torch.rand(40, 2), torch.rand(40, 1))\n"
+    )
+    text = private_study('mechanism = "none"', rounds=2, data="holdout = 0.5").text
+    text = text.replace("consortium.client.tasks.tabular:Classifier", "task:T")
+    lines = [line for line in text.splitlines() if not line.startswith(("target", "features", "hidden"))]
+    (tmp_path / "study.toml").write_text("\n".join(lines))
+    study = Study.load(tmp_path / "study.toml")
+    sources, states = [Source(f"s{n}", table=hard_to_learn(n)) for n in range(SITES)], attacks.States()
+    result = simulate(study, sites=sources, processes=0, commits=states)
+    found = attacks.attack(study, sources, states, result.outcome.model)
+    assert not found.errors
+    assert all(0 <= rate <= 1 for rate in found.true_positives.values())
+    trial = Trial("fedavg", 0, result, {}, attacked=found)
+    assert lines_of(Experiment(study, [trial]))[0].endswith("(1: as the mean row): not known")
 
 
 @pytest.mark.slow
