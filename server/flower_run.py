@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -35,14 +34,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from consortium.protocol import code
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
-from consortium.protocol.lifeline import end_with
-from consortium.protocol.local import ClosedError
 from consortium.protocol.messages import Answer, Ask, Instruction, Payload
 from consortium.protocol.records import Packed, Records, from_flower, pack, to_flower, unpack
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.server.link import Link, LinkClients, LinkCommits
-from consortium.server.own_code import OVER, fault
+from consortium.server.own_code import run_inside
 from consortium.server.plans import CODE
 from consortium.server.records import Evaluation, Round, RunState
 
@@ -57,23 +54,7 @@ LOST = (
 
 def main(arguments: Sequence[str], confine: Callable[[], None]) -> int:
     """Run the app; returns the exit code: 0 where it was said how it ended."""
-    end_with(int(arguments[1]))
-    link = Link(socket.socket(fileno=int(arguments[0])))
-    try:
-        why = ""
-        try:
-            confine()
-            _run(link)
-        except ClosedError:
-            raise
-        except ConsortiumError as error:
-            why = str(error)
-        except Exception as error:  # noqa: BLE001 - the study's own code may raise anything; it is reported
-            why = fault(error)
-        link.call(OVER, why=why)
-    except ClosedError:
-        return 1
-    return 0
+    return run_inside(arguments, confine, _run)
 
 
 def _run(link: Link) -> None:

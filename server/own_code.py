@@ -18,12 +18,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from consortium.protocol import local
 from consortium.protocol.errors import ConsortiumError, IntegrityError
+from consortium.protocol.lifeline import end_with
 from consortium.protocol.local import ClosedError
 from consortium.protocol.sandbox import MAX_DISK, missing
 from consortium.protocol.watching import FORBIDDEN, LOOK_EVERY, beyond, plain, pump
@@ -189,6 +190,30 @@ def _log(line: str) -> None:
 def reason(said: Mapping[str, Any]) -> str:
     """The reason that it gave at its end, as it is shown."""
     return plain(str(said.get("why", "")))[:LONGEST_REASON]
+
+
+def run_inside(arguments: Sequence[str], confine: Callable[[], None], work: Callable[[Link], None]) -> int:
+    """The main of a confined program: do `work` and say how it ended; returns the exit code, 0 where that was said.
+
+    arguments: the number of the socket, and of the process with which it ends. confine: shuts it in.
+    """
+    end_with(int(arguments[1]))
+    link = Link(socket.socket(fileno=int(arguments[0])))
+    try:
+        why = ""
+        try:
+            confine()
+            work(link)
+        except ClosedError:
+            raise
+        except ConsortiumError as error:
+            why = str(error)
+        except Exception as error:  # noqa: BLE001 - the study's own code may raise anything; it is reported
+            why = fault(error)
+        link.call(OVER, why=why)
+    except ClosedError:
+        return 1
+    return 0
 
 
 def fault(error: Exception) -> str:

@@ -7,45 +7,26 @@ run's process was told, and `folder`, the run's, where the plan lies.
 from __future__ import annotations
 
 import random
-import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from consortium.protocol.errors import ConsortiumError
-from consortium.protocol.lifeline import end_with
-from consortium.protocol.local import ClosedError
 from consortium.protocol.memory import keep_freed_memory
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
 from consortium.server.coordinator import run
 from consortium.server.link import Link, LinkClients, LinkCommits
-from consortium.server.own_code import OVER, fault
+from consortium.server.own_code import run_inside
 from consortium.server.plans import CODE, kept_plan
 from consortium.strategies.chosen import strategy_of
 
 
 def main(arguments: Sequence[str], confine: Callable[[], None]) -> int:
     """Run the rounds; returns the exit code: 0 where it was said how they ended."""
-    end_with(int(arguments[1]))
-    link = Link(socket.socket(fileno=int(arguments[0])))
-    try:
-        try:
-            confine()
-            why = _rounds(link)
-        except ClosedError:
-            raise
-        except ConsortiumError as error:
-            why = str(error)
-        except Exception as error:  # noqa: BLE001 - the study's own code may raise anything; it is reported
-            why = fault(error)
-        link.call(OVER, why=why)
-    except ClosedError:
-        return 1
-    return 0
+    return run_inside(arguments, confine, _rounds)
 
 
-def _rounds(link: Link) -> str:
+def _rounds(link: Link) -> None:
     first = link.first()
     folder, scratch = Path(first["folder"]), Path.cwd()
     key = DataKey(bytes.fromhex(first["key"]))
@@ -66,4 +47,3 @@ def _rounds(link: Link) -> str:
         interrupted=clients.interrupted(),
         begins=clients.begins,
     )
-    return ""
