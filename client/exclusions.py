@@ -23,6 +23,7 @@ from consortium.protocol.errors import InputError, IntegrityError
 from consortium.protocol.files import write_private
 
 LIST, KEY = "excluded.json", "excluded.key"
+KEY_BYTES = 32
 FORMAT = 1
 MOST_IDS = 1_000_000
 
@@ -65,7 +66,12 @@ def read(folder: Path) -> Exclusions:
         digests = frozenset(str(one) for one in kept["ids"])
         if kept["format"] != FORMAT or not isinstance(kept["column"], str):
             raise ValueError("another format")
-        return Exclusions(kept["column"], (folder / KEY).read_bytes(), digests)
+        if not digests and not (folder / KEY).exists():
+            return Exclusions(kept["column"])  # `change` was cut off before it wrote the first id
+        key = (folder / KEY).read_bytes()
+        if len(key) != KEY_BYTES:  # under another key nobody would be covered
+            raise IntegrityError(f"{folder / KEY}: is damaged; restore it from a backup")
+        return Exclusions(kept["column"], key, digests)
     except FileNotFoundError as error:
         if not path.exists() and not (folder / KEY).exists():
             return Exclusions()
@@ -92,18 +98,23 @@ def change(folder: Path, column: str, ids: Iterable[str], *, undo: bool = False)
         raise InputError(
             f"--column: got '{column}'; the list is of column '{before.column}', whose ids belong here"
         )
-    key = before.key or secrets.token_bytes(32)
+    key = before.key or secrets.token_bytes(KEY_BYTES)
     given = frozenset(_digest(key, text) for text in ids)
     after = before.digests - given if undo else before.digests | given
     if len(after) > MOST_IDS:
         raise InputError(
             f"at most {MOST_IDS} ids can be excluded; take the records out of the source instead"
         )
-    if not before.key:
+    if not before.key:  # an empty list first: a key without a list would read as a list that was lost
+        _write(folder / LIST, column, frozenset())
         write_private(folder / KEY, key)
-    document = {"format": FORMAT, "column": column, "ids": sorted(after)}
-    write_private(folder / LIST, json.dumps(document).encode())
+    _write(folder / LIST, column, after)
     return Exclusions(column, key, after), len(before.digests ^ after)
+
+
+def _write(path: Path, column: str, digests: frozenset[str]) -> None:
+    document = {"format": FORMAT, "column": column, "ids": sorted(digests)}
+    write_private(path, json.dumps(document).encode())
 
 
 def ids_in(path: Path) -> list[str]:

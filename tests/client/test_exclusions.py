@@ -25,6 +25,7 @@ from consortium.client.task import Source, task_of
 from consortium.protocol import configuration
 from consortium.protocol.cli import main
 from consortium.protocol.errors import InputError, IntegrityError
+from consortium.protocol.files import write_private
 from consortium.protocol.study import Study
 
 STUDY = Study.parse(study_text(4))
@@ -205,3 +206,34 @@ def test_nothing_runs_where_the_list_cannot_be_followed(home: Home, tmp_path: Pa
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(InputError, match="holds no id"):
         exclusions.ids_in(tmp_path / "empty.txt")
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_first_list_that_was_cut_off_can_be_given_again(
+    cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever write of the first list fails, what is left is no list that was lost, and the same ids can be given."""
+    written: list[Path] = []
+
+    def until_full(path: Path, content: bytes) -> None:
+        written.append(path)
+        if len(written) >= cut:
+            raise OSError(28, "No space left on device")
+        write_private(path, content)
+
+    with monkeypatch.context() as full:
+        full.setattr(exclusions, "write_private", until_full)
+        with pytest.raises(OSError, match="No space"):
+            exclusions.change(tmp_path, "patient", OUT)
+    assert not exclusions.read(tmp_path).digests
+    exclusions.change(tmp_path, "patient", OUT)
+    assert all(exclusions.read(tmp_path).covers(one) for one in OUT)
+
+
+def test_a_key_that_was_cut_short_is_refused_as_nobody_would_be_covered(tmp_path: Path) -> None:
+    """A list under a key of another length is not followed: its ids would be found in no row."""
+    exclusions.change(tmp_path, "patient", OUT)
+    key = tmp_path / exclusions.KEY
+    key.write_bytes(key.read_bytes()[:16])
+    with pytest.raises(IntegrityError, match=r"excluded\.key: is damaged"):
+        exclusions.read(tmp_path)
