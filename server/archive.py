@@ -95,10 +95,11 @@ class Archive:
         self.kept_with: Callable[[sqlite3.Connection], None] = lambda db: None
         """Writes within a commit's transaction what is to be durable with it."""
         self.told: Callable[[], None] = lambda: None
-        # what a round is about to publish is noted before it is committed; what a study has published
-        self.released: Callable[[str, Study, Mapping[str, Any]], None] = lambda *_: None
-        self.published: Callable[[str], dict[str, Any] | None] = lambda _: None
         """Called when there are new events."""
+        self.released: Callable[[str, Study, Mapping[str, Any]], None] = lambda *_: None
+        """Notes what a round is about to publish, before it is committed."""
+        self.published: Callable[[str], dict[str, Any] | None] = lambda _: None
+        """What a study has published."""
         self._sweep()
 
     def _sweep(self) -> None:
