@@ -9,6 +9,7 @@ key but the run's own, no way to start, sign or export anything, and writes in a
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -38,6 +39,8 @@ MOST_SAID = 8 << 20
 """Bytes of one call."""
 LONGEST_REASON = 2000
 OVER = "over"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What a disk says that is full, read-only or broken; no fault of the study's code."""
 
 Told = Callable[[Mapping[str, Any]], None]
 
@@ -210,6 +213,8 @@ def run_inside(arguments: Sequence[str], confine: Callable[[], None], work: Call
             why = str(error)
         except Exception as error:  # noqa: BLE001 - the study's own code may raise anything; it is reported
             why = fault(error)
+            if isinstance(error, OSError) and error.errno in DISK:
+                why = f"the server's disk: {error.strerror}; is it full?"
         link.call(OVER, why=why)
     except ClosedError:
         return 1
