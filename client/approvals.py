@@ -26,7 +26,8 @@ from consortium.client.policy import beyond
 from consortium.protocol import bundle as bundles
 from consortium.protocol import chain
 from consortium.protocol.bundle import Bundle
-from consortium.protocol.chain import Chain, Entry, Head
+from consortium.protocol.chain import Entry, Head
+from consortium.protocol.chain_writer import Chain
 from consortium.protocol.errors import InputError, IntegrityError, RefusedError
 from consortium.protocol.files import private_folder, write_private
 from consortium.protocol.messages import Instruction

@@ -24,7 +24,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from consortium.privacy.accounting import Guarantee, Relation, Release, Unit, spent
 from consortium.privacy.mechanisms import Mechanism
-from consortium.protocol.chain import Chain, Entry, Head, verify
+from consortium.protocol.chain import Entry, Head, verify
+from consortium.protocol.chain_writer import Chain
 from consortium.protocol.errors import InputError, IntegrityError, RefusedError
 from consortium.protocol.signing import fingerprint
 

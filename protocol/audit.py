@@ -24,7 +24,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from consortium.protocol import chain
-from consortium.protocol.chain import Chain, Entry, Head, start_of
+from consortium.protocol.chain import Entry, Head, start_of
+from consortium.protocol.chain_writer import Chain
 from consortium.protocol.errors import ConsortiumError, IntegrityError
 from consortium.protocol.files import private_folder
 from consortium.protocol.messages import canonical

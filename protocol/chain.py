@@ -11,8 +11,7 @@ The holder of the key can still cut the end off, or write another history and si
 keeps heads: it signs each head that it is shown (`countersign`), and `verify` finds a chain that does not contain a
 head which was countersigned. What is found is named as precisely as the heads allow.
 
-`append` returns once the entry survives a power cut. A crash leaves at most a torn last line, which was never
-acknowledged and is cut away by the next `append`; readers pass over it.
+Here is what a chain is, and how anybody checks one; its owner adds to it by `protocol/chain_writer.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import fcntl
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,7 +30,6 @@ from typing import Any, BinaryIO
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from consortium.protocol.errors import InputError, IntegrityError
-from consortium.protocol.files import sync_folder
 from consortium.protocol.messages import canonical
 from consortium.protocol.signing import CHAIN, HEAD, sign
 from consortium.protocol.signing import verify as verify_signature
@@ -119,140 +116,6 @@ def _shown(name: str, head: Head) -> bytes:
     return canonical({"format": FORMAT, "chain": name, "sequence": head.sequence, "hash": head.hash})
 
 
-class Chain:
-    """The log of its owner, at `path`; for any number of threads and processes, one appends at a time.
-
-    name: what it is and whose, such as "audit hospitals site-1"; part of every hash.
-    key: the owner's. earlier: public keys that the owner signed with before. start: the head that the first line in
-    the file follows, where that is not the chain's beginning.
-
-    Raises:
-        IntegrityError: the log is damaged; the entry is named.
-        InputError: it cannot be read.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        key: Ed25519PrivateKey,
-        earlier: Sequence[Ed25519PublicKey] = (),
-        start: Head | None = None,
-    ) -> None:
-        self.path, self.name, self._key = Path(path), name, key
-        self._keys = (key.public_key(), *earlier)
-        self._lock = threading.Lock()
-        self._head, self._end, self._line = (
-            start or start_of(name),
-            0,
-            b"",
-        )  # the last line, and where it ends
-        if self.path.exists():
-            with _opened(self.path) as file:
-                fcntl.flock(file, fcntl.LOCK_SH)
-                self._catch_up(file)
-
-    @property
-    def head(self) -> Head:
-        """The head as of the last `append` or opening."""
-        return self._head
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole lines, as of the last `append` or opening."""
-        return self._end
-
-    def append(self, kind: str, body: Mapping[str, Any], at: float, durable: bool = True) -> Head:
-        """Add an entry; it is durable when this returns, or, if not `durable`, with the next one that is, or `sync`.
-
-        Raises:
-            IntegrityError: what others did to the file meanwhile is no continuation of it.
-            InputError: the entry has more than `MAX_LINE` bytes, or holds something that JSON has not.
-            OSError: it cannot be written; the log is as before.
-        """
-        with self._lock:
-            new = not self.path.exists()
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "r+b", buffering=0) as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                self._catch_up(file)
-                line = self._next(kind, body, at)
-                try:
-                    os.ftruncate(descriptor, self._end)  # a torn line of an earlier crash
-                    _write(descriptor, line, self._end)
-                    if durable:
-                        os.fsync(descriptor)
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(descriptor, self._end)
-                    raise
-            if new:
-                sync_folder(self.path.parent)
-            self._head = Head(self._head.sequence + 1, hashlib.sha256(line[:-1]).hexdigest())
-            self._end, self._line = self._end + len(line), line
-            return self._head
-
-    def refresh(self) -> bytes:
-        """Take in what others appended; gives the torn last line that a crash left, which the next `append` removes.
-
-        Raises:
-            IntegrityError: as `append`.
-        """
-        with self._lock:
-            if not self.path.exists():
-                return b""
-            with _opened(self.path) as file:
-                fcntl.flock(file, fcntl.LOCK_SH)
-                self._catch_up(file)
-                file.seek(self._end)
-                return file.read(MAX_LINE)
-
-    def sync(self) -> None:
-        """Make every entry durable."""
-        with _opened(self.path) as file:
-            os.fsync(file.fileno())
-
-    def entries(self, after: int = 0) -> Iterator[Entry]:
-        """The entries with a number above `after`, checked as far as hashes go."""
-        return entries(self.path, self.name, after)
-
-    def _next(self, kind: str, body: Mapping[str, Any], at: float) -> bytes:
-        entry = {
-            "format": FORMAT,
-            "sequence": self._head.sequence + 1,
-            "at": at,
-            "kind": kind,
-            "body": body,
-            "previous": self._head.hash,
-        }
-        try:
-            content = canonical(entry)
-            line = canonical({**entry, "signature": sign(self._key, CHAIN, content).hex()}) + b"\n"
-            same = json.loads(content) == entry
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"chain: an entry '{kind}' holds what JSON cannot: {error}") from error
-        if not same:
-            raise InputError(f"chain: an entry '{kind}' holds what would be read back otherwise")
-        if len(line) > MAX_LINE:
-            raise InputError(f"chain: an entry '{kind}' has {len(line)} bytes; at most {MAX_LINE} are kept")
-        return line
-
-    def _catch_up(self, file: BinaryIO) -> None:
-        """Read what others appended since, and find that what was known is still there."""
-        if self._line and os.pread(file.fileno(), len(self._line), self._end - len(self._line)) != self._line:
-            raise IntegrityError(
-                f"{self.path}: entry {self._head.sequence} is not what it was; the log was replaced or cut while it "
-                "was in use"
-            )
-        file.seek(self._end)
-        found = _Scan(self.path, self._head, self._end, self._keys)
-        for _ in found.over(file):
-            pass
-        if found.line:
-            _check_signatures([self.path], self.name, self._keys, self._keys, found.head, found.line)
-            self._head, self._end, self._line = found.head, found.end, found.line
-
-
 def verify(
     paths: Path | Sequence[Path],
     name: str,
@@ -279,14 +142,14 @@ def verify(
         raise IntegrityError(f"{path}: entry {one} was shown with two contents: its owner's log was forked")
     seen: dict[int, str] = {0: head.hash}
     for file in files:
-        found = _Scan(file, head, 0, (*keys, *earlier))
+        found = Scan(file, head, 0, (*keys, *earlier))
         found.line = line
         for entry in found.read():
             if entry.sequence in wanted:
                 seen[entry.sequence] = entry.hash
         head, line = found.head, found.line
     if line:
-        _check_signatures(files, name, keys, (*keys, *earlier), head, line)
+        check_signatures(files, name, keys, (*keys, *earlier), head, line)
     for last, number in pairwise([0, *sorted(wanted)]):
         if number > head.sequence:
             raise IntegrityError(
@@ -314,7 +177,7 @@ def entries(
     """
     head = start or start_of(name)
     for path in [paths] if isinstance(paths, Path) else paths:
-        found = _Scan(path, head, 0)
+        found = Scan(path, head, 0)
         for entry in found.read():
             if entry.sequence > after:
                 yield entry
@@ -329,7 +192,7 @@ def lines(path: Path, after: int = 0) -> list[bytes]:
     """
     if not path.exists():
         return []
-    with _opened(path) as file:
+    with opened(path) as file:
         whole = [line[:-1] for line in file if line.endswith(b"\n")]
     return [line for line in whole if int(json.loads(line)["sequence"]) > after]
 
@@ -342,7 +205,7 @@ def continued(given: Sequence[bytes], head: Head, keys: Sequence[Ed25519PublicKe
     Raises:
         IntegrityError: naming the first that is not signed by a key of `keys`, or does not follow.
     """
-    scan, found = _Scan(Path(what), head, 0, keys), []
+    scan, found = Scan(Path(what), head, 0, keys), []
     for line in given:
         entry = scan.entry(line + b"\n")
         if not _signed(keys, line):
@@ -352,7 +215,7 @@ def continued(given: Sequence[bytes], head: Head, keys: Sequence[Ed25519PublicKe
     return found
 
 
-class _Scan:
+class Scan:
     """A walk over lines: the head so far, the last line, and where it ends. keys: tell which of two lines is wrong."""
 
     def __init__(self, path: Path, head: Head, end: int, keys: Sequence[Ed25519PublicKey] = ()) -> None:
@@ -361,7 +224,7 @@ class _Scan:
     def read(self) -> Iterator[Entry]:
         """All that the file holds; nothing where there is none."""
         if self.path.exists():
-            with _opened(self.path) as file:
+            with opened(self.path) as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
                 yield from self.over(file)
 
@@ -420,7 +283,7 @@ class _Scan:
         return IntegrityError(f"{self.path}: entry {self.head.sequence + 1} {what}")
 
 
-def _check_signatures(
+def check_signatures(
     paths: Sequence[Path],
     name: str,
     keys: Sequence[Ed25519PublicKey],
@@ -438,7 +301,7 @@ def _check_signatures(
     if _signed(keys, last):
         return
     number = head.sequence
-    for line in (line for path in paths if path.exists() for line in _opened(path)):
+    for line in (line for path in paths if path.exists() for line in opened(path)):
         if line.endswith(b"\n") and not _signed(every, line):
             number = int(json.loads(line)["sequence"])
             break
@@ -456,14 +319,7 @@ def _signed(keys: Sequence[Ed25519PublicKey], line: bytes) -> bool:
     return False
 
 
-def _write(descriptor: int, content: bytes, at: int) -> None:
-    left = memoryview(content)
-    while left:
-        count = os.pwrite(descriptor, left, at)
-        left, at = left[count:], at + count
-
-
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:

@@ -18,7 +18,8 @@ from consortium.client.review import document, page
 from consortium.client.work import Given, Release, SiteWork
 from consortium.protocol import bundle, chain
 from consortium.protocol.bundle import Bundle
-from consortium.protocol.chain import Chain, Head
+from consortium.protocol.chain import Head
+from consortium.protocol.chain_writer import Chain
 from consortium.protocol.errors import InputError, IntegrityError, RefusedError
 from consortium.protocol.messages import Instruction
 from consortium.protocol.study import Study

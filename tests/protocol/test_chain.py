@@ -18,7 +18,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from consortium.protocol import chain
-from consortium.protocol.chain import Chain, Head, check_witness, countersign, start_of, verify
+from consortium.protocol.chain import Head, check_witness, countersign, start_of, verify
+from consortium.protocol.chain_writer import Chain
 from consortium.protocol.errors import InputError, IntegrityError
 from consortium.protocol.messages import canonical
 from consortium.protocol.signing import CHAIN, sign
@@ -215,7 +216,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from consortium.protocol.chain import Chain
+from consortium.protocol.chain_writer import Chain
 log = Chain(Path(sys.argv[1]), sys.argv[2], Ed25519PrivateKey.from_private_bytes(bytes.fromhex(sys.argv[3])))
 while True:
     print(log.append("event", {"text": "x" * 200}, 0.0).text, flush=True)

@@ -17,7 +17,8 @@ from pair import SITE, Pair
 
 from consortium.client.audit import verify_all
 from consortium.protocol.audit import segments
-from consortium.protocol.chain import Chain, Head, start_of
+from consortium.protocol.chain import Head, start_of
+from consortium.protocol.chain_writer import Chain
 from consortium.protocol.errors import IntegrityError
 from consortium.protocol.heads import APPROVALS, AUDIT
 from consortium.protocol.messages import canonical
