@@ -19,8 +19,9 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class KeptAnswers:
             return
         start = [len(received.header).to_bytes(_LENGTH, "big"), received.header, signature]
         pieces = content.pieces(about.length) if content is not None else ()
-        self._write(offer.run, offer.site, _all(start, pieces))
+        self._write(offer.run, offer.site, chain(start, pieces))
 
     def answers(self, run: str, headers: dict[str, bytes], largest: int) -> dict[str, Received]:
         """The answers that are kept to what the run asks again, by site; those that are none any more are removed.
@@ -176,11 +177,6 @@ class KeptAnswers:
             raise ConsortiumError(
                 f"{path}: cannot be written ({error.strerror}); is the disk full?"
             ) from error
-
-
-def _all(first: Iterable[Piece], then: Iterable[Piece]) -> Iterator[Piece]:
-    yield from first
-    yield from then
 
 
 def _part(sealed: Sealed, start: int, stop: int) -> bytes:
