@@ -9,13 +9,9 @@ import typer
 
 from consortium.client.options import Folder, Json, home_in
 from consortium.protocol.audit_options import Kind, Limit, Lines, Out, Run, Since
+from consortium.protocol.cli import group
 
-audit = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+audit = group()
 
 
 @audit.callback()

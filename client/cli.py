@@ -17,16 +17,12 @@ from consortium.client.ledger_cli import ledger
 from consortium.client.model_cli import model
 from consortium.client.options import Folder, Json, home_in
 from consortium.client.review_cli import approve, reject, review
+from consortium.protocol.cli import group
 
 if TYPE_CHECKING:
     from consortium.client.home import Home
 
-client = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+client = group()
 client.add_typer(audit, name="audit")
 client.add_typer(data, name="data")
 client.add_typer(ledger, name="ledger")

@@ -9,13 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from consortium.client.options import Folder, Json, home_in
+from consortium.protocol.cli import group
 
-data = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+data = group()
 
 Name = Annotated[str, typer.Argument(help="The data set's name: small letters, digits, - and _.")]
 

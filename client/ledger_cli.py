@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from consortium.client.options import Folder, Json, home_in
+from consortium.protocol.cli import group
 from consortium.protocol.errors import InputError
 
 if TYPE_CHECKING:
     from consortium.privacy.ledger import Account
 
-ledger = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+ledger = group()
 
 Delta = Annotated[float, typer.Option("--delta", help="The delta at which epsilon is given.")]
 

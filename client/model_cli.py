@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from consortium.client.options import Folder, Json, home_in
+from consortium.protocol.cli import group
 
 if TYPE_CHECKING:
     from consortium.client.home import Home
@@ -24,12 +25,7 @@ LOOK_EVERY = 0.5
 """Seconds between two looks at whether what is served may still be."""
 ENDING = 15.0
 
-model = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+model = group()
 
 
 @model.callback()

@@ -55,6 +55,16 @@ class _Root(click.Group):
             formatter.write_dl([(name, SUMMARIES.get(name, "")) for name in self.list_commands(ctx)])
 
 
+def group() -> typer.Typer:
+    """A group of commands, as all of ours are: without a command it shows its help; `main` tells errors."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
 def _command(name: str, target: Any) -> click.Command:
     """A click command from a typer app or a plain function."""
     app = target

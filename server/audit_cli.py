@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from consortium.protocol.audit_options import Kind, Limit, Lines, Out, Run, Since
+from consortium.protocol.cli import group
 from consortium.server.keep_cli import server
 from consortium.server.server_cli import Json, NewFolder
 
@@ -18,12 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["server"]
 
-audit = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+audit = group()
 server.add_typer(audit, name="audit")
 
 

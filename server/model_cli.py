@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from consortium.protocol.cli import group
 from consortium.protocol.errors import InputError
 from consortium.server import gate_cli, int8_cli
 from consortium.server.serving import registry_cli, serve_cli
 
-model = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+if TYPE_CHECKING:
+    from consortium.server.predicting import Report
+
+model = group()
 
 
 @model.callback()
@@ -170,7 +169,11 @@ def predict(
         report = predict_file(loaded, source, out, strict)
     else:
         report = predict_query(loaded, Query(str(sql), str(url), password), out, strict)
-    seconds = time.monotonic() - started
+    _tell(report, out, loaded.contract["model"], time.monotonic() - started, as_json)
+
+
+def _tell(report: Report, out: Path, model: str, seconds: float, as_json: bool) -> None:
+    """Say what was predicted, and what was not."""
     if as_json:
         said = {
             "rows": report.rows,
@@ -178,7 +181,7 @@ def predict(
             "problems": list(report.problems),
             "beyond": dict(report.beyond),
             "out": str(out),
-            "model": loaded.contract["model"],
+            "model": model,
             "seconds": round(seconds, 3),
         }
         typer.echo(json.dumps(said, indent=2))
@@ -191,9 +194,7 @@ def predict(
         )
     bad = f", {report.bad_rows} rows without one" if report.bad_rows else ""
     said_rows = report.rows - report.bad_rows
-    typer.echo(
-        f"{out}: {said_rows} predictions of model {loaded.contract['model'][:12]}{bad}, {seconds:.1f} s"
-    )
+    typer.echo(f"{out}: {said_rows} predictions of model {model[:12]}{bad}, {seconds:.1f} s")
 
 
 def _located(path: Path) -> Path:

@@ -9,12 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-server = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+from consortium.protocol.cli import group
+
+server = group()
 
 NewFolder = Annotated[Path, typer.Option("--dir", help="The server's own folder.")]
 Folder = Annotated[

@@ -10,15 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from consortium.protocol.cli import group
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.server.server_cli import Folder, Json, Url
 
-study = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+study = group()
 
 Name = Annotated[str, typer.Argument(help="The study's name.")]
 
