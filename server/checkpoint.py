@@ -89,6 +89,8 @@ class _File:
             return
         while start < stop:
             piece = os.pread(self._fd, min(CHUNK, stop - start), start)
+            if not piece:
+                raise IntegrityError("the last checkpoint is shorter than it was; start the server again")
             yield memoryview(piece)
             start += len(piece)
 

@@ -170,6 +170,12 @@ class Sites(Grid):
         for message in messages:
             if message.metadata.dst_node_id not in self._nodes:
                 raise InputError(f"the app sends to node {message.metadata.dst_node_id}, which no site is")
+        nodes = [message.metadata.dst_node_id for message in messages]
+        twice = next((node for node in nodes if nodes.count(node) > 1), None)
+        if twice is not None:  # a site answers once in a round
+            raise InputError(
+                f"the app sends two '{kind}' messages at once to site '{self._nodes[twice]}'; send one after the other"
+            )
         while True:
             started, good, bad = self._clock(), dict[int, Packed](), dict[int, str]()
             digest = ""
