@@ -30,6 +30,8 @@ from consortium.server.store import Store
 APART = 64
 NEWEST = -1
 """The place of a log's newest head; others have the number of their entry divided by `APART`."""
+MOST_KEPT = 10_000
+"""Heads of one log that are kept, the newest ones: a site that states ever higher ones fills no disk."""
 MOST_SHOWN = 500
 """Heads that a site is given at once, the newest ones."""
 _NONE = Head(0, "0" * 64)
@@ -137,7 +139,12 @@ class SiteLogs:
                 known, name = self._known[site, identity], self._name(site, identity)
                 for head in made:
                     row = (name, head.sequence // APART, head.sequence, head.hash)
-                    db.execute("INSERT OR IGNORE INTO heads VALUES (?, ?, ?, ?)", row)
+                    if db.execute("INSERT OR IGNORE INTO heads VALUES (?, ?, ?, ?)", row).rowcount:
+                        db.execute(
+                            "DELETE FROM heads WHERE log = ?1 AND sequence < (SELECT sequence FROM heads "
+                            "WHERE log = ?1 ORDER BY sequence DESC LIMIT 1 OFFSET ?2)",
+                            (name, MOST_KEPT),
+                        )
                 newest = (name, NEWEST, made[-1].sequence, made[-1].hash)
                 db.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?, ?)", newest)
                 db.execute(

@@ -15,8 +15,10 @@ from founded import open_doors
 from pair import SITE, Pair
 
 from consortium.privacy.ledger import Budget
+from consortium.protocol import heads
 from consortium.protocol.chain import Head
 from consortium.protocol.errors import IntegrityError
+from consortium.protocol.heads import AUDIT, Shown
 from consortium.server.audit import restores, verify
 from consortium.server.heads import witnessed
 
@@ -174,3 +176,19 @@ def test_a_server_that_says_nothing_any_more_is_refused(pair: Pair) -> None:
     pair.work()
     with pytest.raises(IntegrityError, match="does not say any more"):
         pair.mine.take({}, None, "0" * 64, pair.mine.server())
+
+
+def test_a_site_that_states_ever_higher_heads_fills_no_disk(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest are kept, however many are stated; the newest of all is among them."""
+    monkeypatch.setattr("consortium.server.heads.MOST_KEPT", 5)
+    identity, name = pair.doors.roster.identity(SITE), pair.doors.federation.config.name
+    for number in range(1, 40):
+        head = Head(number * 64, f"{number:064x}")
+        shown = Shown("site", name, SITE, "0" * 64, float(number), 0, {AUDIT: head}, {})
+        assert pair.logs.take(SITE, identity, heads.state(pair.home.identity(pair.home.lock()), shown)) == ""
+        pair.logs.keep()
+    kept = pair.logs.history(SITE, identity)
+    assert kept[0] == f"{39 * 64}:{39:064x}"
+    assert len(set(kept)) <= 6
