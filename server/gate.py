@@ -18,6 +18,8 @@ from consortium.protocol.sections import LOWER_IS_BETTER
 from consortium.protocol.study import Study
 
 ALL = "all"
+Groups = Mapping[str, Statistics]
+"""A site's counts by the name of a group; of all its rows by `ALL`."""
 _SLACK = 1e-9
 """What sums of rounded numbers may differ by."""
 
@@ -25,7 +27,8 @@ _SLACK = 1e-9
 @dataclass(frozen=True)
 class Terms:
     """metric: by which models are compared. margin: how much a cell may fall, in its unit. minimum: what every cell
-    must reach (for an error: not pass); None: nothing is asked."""
+    must reach (for an error: not pass) of which a figure is known, and all rows together must have one; None: nothing
+    is asked."""
 
     metric: str
     margin: float
@@ -58,6 +61,9 @@ def problem(table: Statistics, metric: str, groups: Mapping[str, str], most: flo
                 return f"metric '{name[:40]}' {wrong}"
             if metrics.examples(name, array) > most:
                 return f"metric '{name[:40]}' counts more examples than cohort.max_weight, {most:g}"
+            whole = found[""].get(name)
+            if whole is None or not (name.endswith("_exact") or whole.shape == array.shape):
+                return f"metric '{name[:40]}' has another shape for a group than for all rows"
         if metric not in metrics.values(counts):
             return f"sends nothing of which '{metric}' is made"
     return ""
@@ -73,24 +79,26 @@ def groups(study: Study) -> dict[str, str]:
     }
 
 
-def verdict(
-    terms: Terms,
-    names: Mapping[str, str],
-    candidate: Mapping[str, Statistics],
-    champion: Mapping[str, Statistics] | None,
-) -> Verdict:
-    """What the counts of the same sites say. names: of groups by cell. champion: None where there is none yet."""
+def named(table: Statistics, groups: Mapping[str, str]) -> Groups:
+    """A site's counts by group. groups: names by cell, as the study numbers them; another study numbers others."""
+    return {groups[cell] if cell else ALL: counts for cell, counts in metrics.cells(table).items()}
+
+
+def verdict(terms: Terms, candidate: Mapping[str, Groups], champion: Mapping[str, Groups] | None) -> Verdict:
+    """What the counts of the same sites say. champion: None where there is none yet."""
     new = _values(candidate, terms.metric)
     old = {} if champion is None else _values(champion, terms.metric)
     cells, why = [], []
-    for place in sorted({*new, *old}):
-        site, cell = place
+    for place in sorted({*new, *old}, key=lambda place: (place[0], place[1] != ALL, place[1])):
+        site, group = place
         value, before = new.get(place, math.nan), old.get(place, math.nan)
-        about = {"site": site or ALL, "group": names.get(cell, ALL)}
+        about = {"site": site or ALL, "group": group}
         fall = _worse(terms.metric, value) - _worse(terms.metric, before)
         cells.append({**about, "candidate": _plain(value), "champion": _plain(before), "fall": _plain(fall)})
-        failing = _failing(terms, value, before, fall)
-        why += [f"site {about['site']}, group {about['group']}: {one}" for one in failing]
+        failing = [*_failing(terms, value, before, fall)]
+        if terms.minimum is not None and place == ("", ALL) and math.isnan(value):
+            failing.append(f"{terms.metric} is not known, and {terms.minimum:g} is asked for")
+        why += [f"site {about['site']}, group {group}: {one}" for one in failing]
     return Verdict(cells, why)
 
 
@@ -114,16 +122,16 @@ def _worse(metric: str, value: float) -> float:
     return value if metric in LOWER_IS_BETTER else -value
 
 
-def _values(tables: Mapping[str, Statistics], metric: str) -> dict[tuple[str, str], float]:
-    """The metric by site ("" for all) and cell."""
+def _values(tables: Mapping[str, Groups], metric: str) -> dict[tuple[str, str], float]:
+    """The metric by site ("" for all) and group."""
     found: dict[tuple[str, str], float] = {}
-    by_cell: dict[str, list[Statistics]] = {}
-    for site, table in sorted(tables.items()):
-        for cell, counts in metrics.cells(table).items():
-            found[site, cell] = metrics.values(counts).get(metric, math.nan)
-            by_cell.setdefault(cell, []).append(counts)
-    for cell, several in by_cell.items():
-        found["", cell] = metrics.values(metrics.pool(several)).get(metric, math.nan)
+    by_group: dict[str, list[Statistics]] = {}
+    for site, groups in sorted(tables.items()):
+        for group, counts in groups.items():
+            found[site, group] = metrics.values(counts).get(metric, math.nan)
+            by_group.setdefault(group, []).append(counts)
+    for group, several in by_group.items():
+        found["", group] = metrics.values(metrics.pool(several)).get(metric, math.nan)
     return found
 
 

@@ -26,7 +26,6 @@ from consortium.protocol.messages import (
     Answer,
     Instruction,
     Payload,
-    Statistics,
     assemble,
     contents,
     header_of,
@@ -34,7 +33,7 @@ from consortium.protocol.messages import (
 )
 from consortium.protocol.metrics import judged_by
 from consortium.protocol.study import Study
-from consortium.server import admission, gate, seal
+from consortium.server import admission, gate, seal, tally
 from consortium.server.archive import Archive
 from consortium.server.exchange import Exchange
 from consortium.server.federation import Federation
@@ -113,7 +112,7 @@ class Gates:
         candidate = self._version(name, number)
         champion = None if shelf.champion is None else self._version(name, shelf.champion)
         if champion is not None:
-            _refuse_other_rows(candidate.study, champion.study)
+            _refuse_others(candidate.study, champion.study)
         terms = gate.Terms(judged_by(candidate.study.metric), margin, minimum)
         with self._lock:
             if any(one.state == "running" for one in self._stands.values()):
@@ -158,6 +157,9 @@ class Gates:
             stand = self._gated(name, terms, candidate, champion)
         except ConsortiumError as error:
             stand = Stand(name, candidate.number, "failed", error=str(error))
+        except OSError as error:
+            why = f"{error.filename or 'a file'}: cannot be written ({error.strerror}); gate it again"
+            stand = Stand(name, candidate.number, "failed", error=why)
         except Exception:  # noqa: BLE001 - it costs this gate alone
             _log.exception("gate of %s@%d: a fault in Consortium", name, candidate.number)
         finally:
@@ -168,14 +170,14 @@ class Gates:
     def _gated(self, name: str, terms: gate.Terms, candidate: _Version, champion: _Version | None) -> Stand:
         sites = self._exchange.connected()
         new, left = self._judged(name, candidate, sites, terms.metric)
-        old: dict[str, Statistics] | None = None
+        old: dict[str, gate.Groups] | None = None
         if champion is not None:
             old, also = self._judged(name, champion, sorted(new), terms.metric)
             left |= also
             new = {site: counts for site, counts in new.items() if site in old}
         need = candidate.study.cohort.min_sites
         left |= {site: how for site, how in self._exchange.away().items() if site not in left}
-        said = gate.verdict(terms, gate.groups(candidate.study), new, old)
+        said = gate.verdict(terms, new, old)
         why = list(said.why)
         if len(new) < need:
             why.insert(0, f"{len(new)} of at least {need} sites judged it")
@@ -201,8 +203,8 @@ class Gates:
 
     def _judged(
         self, name: str, version: _Version, sites: list[str], metric: str
-    ) -> tuple[dict[str, Statistics], dict[str, str]]:
-        """Counts of the sites that judged a version, and why others did not."""
+    ) -> tuple[dict[str, gate.Groups], dict[str, str]]:
+        """Counts of the sites that judged a version, by group, and why others did not."""
         run = f"{RUN}{name}@{version.number}/{secrets.token_hex(8)}"
         seconds = version.study.cohort.deadline
         asked = Instruction(
@@ -212,7 +214,7 @@ class Gates:
         parts = contents(asked)
         described, sha256 = [part for part, _ in parts], version.model  # the content is the file itself
         headers = {site: header_of(asked.to(site), described, sha256) for site in sites}
-        found: dict[str, Statistics] = {}
+        found: dict[str, gate.Groups] = {}
         with _file(version.graph) as content:
             left = self._exchange.ask(run, headers, content, LARGEST)
         try:
@@ -227,11 +229,19 @@ class Gates:
             self._exchange.withdraw(run)
             self._exchange.rouse()  # so that the sites are told that it is over
         left |= {site: "did not answer in time" for site in sites if site not in found and site not in left}
-        return found, left
+        kept = _alike(found)
+        left |= {site: "sends counts of another shape than most sites" for site in found if site not in kept}
+        return kept, left
 
 
-def _counts(received: Received, asked: Instruction, study: Study, metric: str) -> Statistics | str:
-    """What a site counted, or why it does not count."""
+def _alike(found: dict[str, gate.Groups]) -> dict[str, gate.Groups]:
+    """Those of the shape that most sites sent: one that sends another loses its own place, and spoils no gate."""
+    alike = tally.agreeing({site: groups[gate.ALL] for site, groups in found.items()})
+    return {site: groups for site, groups in found.items() if site in alike}
+
+
+def _counts(received: Received, asked: Instruction, study: Study, metric: str) -> gate.Groups | str:
+    """What a site counted, by group, or why it does not count."""
     if received.reason:
         return received.reason
     try:
@@ -244,16 +254,22 @@ def _counts(received: Received, asked: Instruction, study: Study, metric: str) -
         return "is no answer"
     if answer.status == "declined":
         return f"declined: {admission.clip(answer.reason) or 'no reason given'}"
-    wrong = gate.problem(answer.metrics, metric, gate.groups(study), study.cohort.max_weight)
-    return admission.misaddressed(asked, answer) or wrong or answer.metrics
+    groups = gate.groups(study)
+    wrong = gate.problem(answer.metrics, metric, groups, study.cohort.max_weight)
+    return admission.misaddressed(asked, answer) or wrong or gate.named(answer.metrics, groups)
 
 
 def _about(version: _Version) -> dict[str, Any]:
     return {"version": version.number, "bundle": version.bundle, "graph": version.model}
 
 
-def _refuse_other_rows(one: Study, other: Study) -> None:
-    """Both must be judged on the same held-out rows."""
+def _refuse_others(one: Study, other: Study) -> None:
+    """Both must be judged on the same held-out rows, by the same metric."""
+    if judged_by(one.metric) != judged_by(other.metric):
+        raise InputError(
+            f"evaluation.metric: the version's study has '{judged_by(one.metric)}' and the champion's "
+            f"'{judged_by(other.metric)}', so they cannot be compared; promote it --ungated, with a reason"
+        )
     for key in ("holdout", "split", "person", "target"):
         if getattr(one.data, key, None) != getattr(other.data, key, None):
             raise InputError(

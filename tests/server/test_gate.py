@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import ssl
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,9 @@ from founded import found
 from live import COMMAND, Live, live
 
 from consortium.protocol.delivery import Delivery, File, state
-from consortium.protocol.errors import IntegrityError, RefusedError
+from consortium.protocol.errors import InputError, IntegrityError, RefusedError
 from consortium.protocol.messages import Statistics
-from consortium.server import gate
+from consortium.server import gate, gating
 from consortium.server.federation import Federation
 from consortium.server.gate import Terms
 from consortium.server.model import load_model
@@ -45,9 +45,20 @@ def counts(all_: float, women: float, men: float, n: float = 100.0) -> Statistic
 CHAMPION = {"a": counts(90, 45, 45), "b": counts(90, 45, 45)}
 
 
+def verdict(
+    terms: Terms, candidate: Mapping[str, Statistics], champion: Mapping[str, Statistics] | None
+) -> gate.Verdict:
+    """Of counts of studies that number the groups alike."""
+    new, old = (
+        {site: gate.named(table, GROUPS) for site, table in tables.items()}
+        for tables in (candidate, champion or {})
+    )
+    return gate.verdict(terms, new, None if champion is None else old)
+
+
 def test_a_version_that_is_no_worse_passes() -> None:
     """Within the margin nothing is said, at any site and for any group."""
-    said = gate.verdict(Terms("accuracy", 0.01), GROUPS, {**CHAMPION, "b": counts(89, 44.5, 44.5)}, CHAMPION)
+    said = verdict(Terms("accuracy", 0.01), {**CHAMPION, "b": counts(89, 44.5, 44.5)}, CHAMPION)
     assert said.why == []
     assert {(cell["site"], cell["group"]) for cell in said.cells} == {
         (site, group) for site in ("all", "a", "b") for group in ("all", "sex = F", "sex = M")
@@ -57,19 +68,19 @@ def test_a_version_that_is_no_worse_passes() -> None:
 def test_a_version_that_is_worse_for_one_group_at_one_site_does_not_pass() -> None:
     """Better for all together, and worse for the women of one site: that is enough."""
     worse = {"a": counts(99, 49, 50), "b": counts(92, 42, 50)}
-    said = gate.verdict(Terms("accuracy", 0.05), GROUPS, worse, CHAMPION)
+    said = verdict(Terms("accuracy", 0.05), worse, CHAMPION)
     assert [one.partition(":")[0] for one in said.why] == ["site b, group sex = F"]
-    assert gate.verdict(Terms("accuracy", 0.07), GROUPS, worse, CHAMPION).why == []
+    assert verdict(Terms("accuracy", 0.07), worse, CHAMPION).why == []
 
 
 def test_for_an_error_more_is_worse() -> None:
     """A log-loss that rises is a fall, and one that sinks is none."""
     low, high = ({"a": {"log_loss": np.array([total, 100.0])}} for total in (20.0, 30.0))
     terms = Terms("log_loss", 0.05)
-    assert gate.verdict(terms, {}, high, low).why
-    assert gate.verdict(terms, {}, low, high).why == []
-    assert gate.verdict(replace(terms, minimum=0.25), {}, high, None).why
-    assert gate.verdict(replace(terms, minimum=0.25), {}, low, None).why == []
+    assert verdict(terms, high, low).why
+    assert verdict(terms, low, high).why == []
+    assert verdict(replace(terms, minimum=0.25), high, None).why
+    assert verdict(replace(terms, minimum=0.25), low, None).why == []
 
 
 def test_what_is_not_known_any_more_does_not_pass() -> None:
@@ -77,8 +88,45 @@ def test_what_is_not_known_any_more_does_not_pass() -> None:
     one_class = {"a": {"auroc": np.array([[0.0, 0.0], [3.0, 7.0]])}}
     both = {"a": {"auroc": np.array([[9.0, 1.0], [3.0, 7.0]])}}
     terms = Terms("auroc", 0.01)
-    assert gate.verdict(terms, {}, one_class, both).why
-    assert gate.verdict(terms, {}, one_class, one_class).why == []
+    assert verdict(terms, one_class, both).why
+    assert verdict(terms, one_class, one_class).why == []
+    least = replace(terms, minimum=0.5)
+    assert verdict(least, one_class, None).why == [
+        "site all, group all: auroc is not known, and 0.5 is asked for"
+    ]
+    assert verdict(least, {"a": one_class["a"], "b": both["a"]}, None).why == []
+
+
+def test_groups_are_compared_by_name_however_a_study_numbers_them() -> None:
+    """A study that lists another group first is held against the champion's figures of the same groups."""
+    before = gate.groups(wards.study())
+    now = gate.groups(wards.study(wards.STUDY.replace('groups = ["sex"]', 'groups = ["ward", "sex"]')))
+    old = {"a": gate.named(counts(80, 30, 50), before)}
+    for women, right in ((30, []), (20, ["site a, group sex = F", "site all, group sex = F"])):
+        table = {
+            "accuracy": np.array([80.0, 100.0]),
+            "accuracy@0.0": np.array([10.0, 50.0]),
+            "accuracy@0.1": np.array([50.0, 50.0]),
+            "accuracy@1.0": np.array([float(women), 50.0]),
+            "accuracy@1.1": np.array([50.0, 50.0]),
+        }
+        said = gate.verdict(Terms("accuracy", 0.01), {"a": gate.named(table, now)}, old)
+        assert sorted(one.partition(":")[0] for one in said.why) == right
+
+
+def test_a_site_of_another_shape_loses_its_own_place_alone() -> None:
+    """Counts that cannot be added to those of the others would end the gate for all."""
+    odd = {"auroc": np.ones((2, 3))}
+    found = {site: gate.named({"auroc": np.ones((2, 512))}, {}) for site in ("b", "c")}
+    assert list(gating._alike({"a": gate.named(odd, {}), **found})) == ["b", "c"]
+
+
+def test_models_of_another_metric_are_not_compared() -> None:
+    """Sites count what the model's own study asks for, so there would be nothing to hold beside it."""
+    other = wards.STUDY.replace('metric = "accuracy"', 'metric = "auroc"')
+    with pytest.raises(InputError, match=r"evaluation\.metric.*'auroc'.*'accuracy'.*--ungated"):
+        gating._refuse_others(wards.study(other), wards.study())
+    gating._refuse_others(wards.study(), wards.study())
 
 
 @pytest.mark.parametrize(
@@ -90,6 +138,10 @@ def test_what_is_not_known_any_more_does_not_pass() -> None:
         ({"accuracy@0.0": np.array([5.0, 10.0])}, "no counts of all"),
         ({"accuracy": np.array([5.0, 10.0]), "accuracy@7.7": np.array([5.0, 10.0])}, "does not name"),
         ({"loss": np.array([5.0, 10.0])}, "nothing of which"),
+        (
+            {"accuracy": np.array([5.0, 10.0]), "other": np.array([1.0]), "other@0.0": np.array([1.0, 2.0])},
+            "another shape for a group",
+        ),
     ],
 )
 def test_counts_of_no_honest_site_are_told(table: Statistics, said: str) -> None:
