@@ -92,8 +92,7 @@ def read(folder: Path, root: str | None = None) -> Sealed:
     digest = hashlib.sha256(content).hexdigest()
     signer, approved = None, tuple[str, ...]()
     if signed_by is not None:
-        signer = _signer(folder / SIGNATURE, content, signed_by)
-        approved = _approvals(folder / SIGNATURE, signer, digest)
+        signer, approved = _vouching(folder / SIGNATURE, content, signed_by)
     if document.get("format") != FORMAT:
         raise InputError(
             f"{folder / MANIFEST}: format {document.get('format')} is not known here; this version reads {FORMAT}"
@@ -171,10 +170,7 @@ def _document(path: Path, content: bytes) -> dict[str, Any]:
 def with_approval(
     content: bytes, site: str, identity: str, signature: str, member: Mapping[str, Any]
 ) -> bytes:
-    """`signature.json` with one more site's approval, in place of an earlier one of that site.
-
-    member: of `Federation.seal`, over `member_text`.
-    """
+    """`signature.json` with the approval of one more site. member: of `Federation.seal`, over `member_text`."""
     document = json.loads(content)
     entry = {
         "site": site,
@@ -182,8 +178,7 @@ def with_approval(
         "signature": signature,
         "member": {"format": FORMAT, **member},
     }
-    others = [one for one in document.get(APPROVALS, []) if one["site"] != site]
-    document[APPROVALS] = sorted([*others, entry], key=lambda one: str(one["site"]))
+    document[APPROVALS] = sorted([*document.get(APPROVALS, []), entry], key=lambda one: str(one["site"]))
     return plain_json(document)
 
 
@@ -206,18 +201,15 @@ def _same_names(folder: Path, right: set[str]) -> None:
         )
 
 
-def _signer(path: Path, content: bytes, federation: str) -> Signer:
-    """Who signed `content`, as the file at `path` proves."""
+def _vouching(path: Path, content: bytes, federation: str) -> tuple[Signer, tuple[str, ...]]:
+    """Who signed the manifest `content`, and which sites approved it, as the file at `path` proves."""
     try:
         document = _document(path, path.read_bytes())
     except OSError as error:
         raise IntegrityError(f"{path}: is damaged ({type(error).__name__}); {AGAIN}") from error
-    document.pop(APPROVALS, None)  # which are looked at once it is known who signed
-    return signer_of(path, document, content, federation, signing.MODEL, MANIFEST)
-
-
-def _approvals(path: Path, signer: Signer, bundle: str) -> tuple[str, ...]:
-    return approved_by(path, _document(path, path.read_bytes()), signer, bundle)
+    own = {key: value for key, value in document.items() if key != APPROVALS}
+    signer = signer_of(path, own, content, federation, signing.MODEL, MANIFEST)
+    return signer, approved_by(path, document, signer, hashlib.sha256(content).hexdigest())
 
 
 def fingerprints(roots: tuple[str, ...]) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from consortium.protocol.errors import InputError, IntegrityError, RefusedError, nearest
 from consortium.protocol.files import private_folder, sync_folder, write_private
-from consortium.server import seal
+from consortium.server import seal, vouching
 from consortium.server.serving import gate_file
 
 FORMAT = 1
@@ -229,25 +229,30 @@ class Registry:
         gate_file.check(self.folder, name, number, version.bundle, held, root)
 
     def approve(self, name: str, number: int, site: str, change: Callable[[bytes], bytes]) -> tuple[str, ...]:
-        """Put a site's approval into a version's signature; the sites that have approved it then.
+        """Put a site's approval into a version's signature; the sites that have approved it then. A site that has
+        approved it already changes nothing.
 
         change: from the content of `signature.json` to the new one, which is kept only if it holds.
 
         Raises:
-            InputError, IntegrityError: there is no such version, or the approval does not hold. Nothing has changed.
+            InputError, IntegrityError: there is no such version, nobody signed it, or the approval does not hold.
+                Nothing has changed.
         """
         with self._changing() as state:
             shelf = _shelf(state, name)
             if shelf.version(number) is None:
                 raise InputError(f"model '{name}' has no version {number}")
-            path = self.bundle(name, shelf, number) / seal.SIGNATURE
-            before = path.read_bytes()
-            write_private(path, change(before))
-            try:
-                approved = seal.read(path.parent).approved
-            except IntegrityError:
-                write_private(path, before)
-                raise
+            place = self.bundle(name, shelf, number)
+            sealed, path = seal.read(place), place / seal.SIGNATURE
+            if sealed.signer is None:
+                raise InputError(
+                    f"{name}@{number}: is signed by nobody, as a simulation's model is; none approves it"
+                )
+            if site in sealed.approved:
+                return sealed.approved
+            content = change(path.read_bytes())
+            approved = vouching.approved_by(path, json.loads(content), sealed.signer, sealed.digest)
+            write_private(path, content)
             self._keep(state, name, shelf, "approve", number, f"by site {site}")
         return approved
 

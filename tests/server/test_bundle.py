@@ -11,12 +11,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
-from consortium.protocol import cli, delivery
-from consortium.protocol.errors import ConsortiumError, IntegrityError
+from consortium.protocol import cli
+from consortium.protocol.delivery import approval
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.metrics import reliability, score_histogram
 from consortium.protocol.signing import APPROVAL, MEMBER, raw
 from consortium.protocol.signing import sign as signing_of
-from consortium.server import lineage, load_model, model_cli, seal, vouching
+from consortium.server import delivery, lineage, load_model, model_cli, seal, vouching
 from consortium.server.federation import Federation
 from consortium.server.records import Evaluation, Round
 from consortium.server.serving import engine
@@ -77,7 +78,7 @@ def approve(folder: Path, federation: Federation, site: str, key: Ed25519Private
     key = key or Ed25519PrivateKey.generate()
     identity = raw(key.public_key()).hex()
     name = federation.config.name
-    text = delivery.approval(name, site, seal.read(folder).digest)
+    text = approval(name, site, seal.read(folder).digest)
     member = federation.seal(vouching.member_text(name, site, identity), MEMBER)
     path = folder / "signature.json"
     signature = signing_of(key, APPROVAL, text).hex()
@@ -93,7 +94,7 @@ def test_a_bundle_is_used_only_with_as_many_approvals_as_it_asks_for(
     registry = Registry(tmp_path / "models", lambda: NOW)
     registry.register(signed, "toy", lambda copy: str(load_model(copy, root=root).contract["model"]))
     kept = tmp_path / "models" / "toy" / "1"
-    for _ in range(2):
+    for site in ("site-2", "site-1"):
         for refused in (
             lambda: engine.load(kept, "toy", "1", (root,), False),
             lambda: registry.promote("toy", None),
@@ -103,11 +104,40 @@ def test_a_bundle_is_used_only_with_as_many_approvals_as_it_asks_for(
         done = CliRunner().invoke(model_cli.model, ["verify", str(kept), "--root", root])
         assert isinstance(done.exception, IntegrityError)
         assert done.exception.exit_code == 4
-        approve(kept, federation, "site-2")  # the same site twice is one
-    approve(kept, federation, "site-1")
+        approve(kept, federation, site)
     assert seal.read(kept).approved == ("site-1", "site-2")
     engine.load(kept, "toy", "1", (root,), False)
     assert registry.promote("toy", None).champion == 1
+
+
+def test_the_door_keeps_an_approval_once_and_only_one_that_holds(
+    exported: Path, signed: Path, tmp_path: Path
+) -> None:
+    """Again: nothing is written. Of another bundle, or of one that nobody signed: refused, and nothing has changed."""
+    federation = founded(tmp_path / "own")
+    sign(signed, federation, approvals=1)
+    folder, root = federation.folder / "models", federation.root_fingerprint
+    registry, door = Registry(folder, lambda: NOW), delivery.Deliveries(federation, lambda: NOW)
+    for bundle in (signed, exported):
+        registry.register(bundle, "toy", lambda copy: str(load_model(copy).contract["model"]))
+    key = Ed25519PrivateKey.generate()
+    identity = raw(key.public_key()).hex()
+
+    def given(bundle: Path) -> str:
+        text = approval("north", "site-1", seal.read(bundle).digest)
+        return signing_of(key, APPROVAL, text).hex()
+
+    path = folder / "toy" / "1" / "signature.json"
+    before = path.read_bytes(), (folder / "registry.json").read_bytes()
+    with pytest.raises(IntegrityError, match="an approval does not hold"):
+        door.approve("toy", 1, "site-1", identity, given(exported))
+    with pytest.raises(InputError, match="toy@2: is signed by nobody"):
+        door.approve("toy", 2, "site-1", identity, given(exported))
+    assert (path.read_bytes(), (folder / "registry.json").read_bytes()) == before
+    for _ in range(3):
+        assert door.approve("toy", 1, "site-1", identity, given(signed)) == ("site-1",)
+    assert [one.act for one in registry.state().history] == ["register", "register", "approve"]
+    assert seal.read(path.parent, root).approved == ("site-1",)
 
 
 def test_an_approval_counts_only_as_the_site_made_it(
