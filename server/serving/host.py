@@ -222,9 +222,9 @@ class Watcher:
             numbers = [one for one in (shelf.champion, shelf.candidate) if one is not None]
             versions = {}
             for number in numbers:
-                if number != shelf.champion and not self._approved(name, shelf, number):
-                    continue  # a candidate waits for its approvals
                 try:
+                    if number != shelf.champion and not self._approved(name, shelf, number):
+                        continue  # a candidate waits for its approvals
                     kept[name, number] = versions[str(number)] = self._version(name, shelf, number)
                 except ConsortiumError as error:
                     if self._loaded is None:

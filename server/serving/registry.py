@@ -252,7 +252,12 @@ class Registry:
                 return sealed.approved
             content = change(path.read_bytes())
             approved = vouching.approved_by(path, json.loads(content), sealed.signer, sealed.digest)
-            write_private(path, content)
+            beside = place.with_name(
+                f".{number}.{seal.SIGNATURE}"
+            )  # a bundle holds no other file, not for a moment
+            write_private(beside, content)
+            beside.replace(path)
+            sync_folder(place)
             self._keep(state, name, shelf, "approve", number, f"by site {site}")
         return approved
 

@@ -1,6 +1,7 @@
 """A model bundle is whole: signed, the same for the same run, and telling of no small cell."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from consortium.server import delivery, lineage, load_model, model_cli, seal, vo
 from consortium.server.federation import Federation
 from consortium.server.records import Evaluation, Round
 from consortium.server.serving import engine
+from consortium.server.serving.host import Settings, Watcher
 from consortium.server.serving.registry import Registry
 
 NOW = 1_800_000_000.0
@@ -138,6 +140,49 @@ def test_the_door_keeps_an_approval_once_and_only_one_that_holds(
         assert door.approve("toy", 1, "site-1", identity, given(signed)) == ("site-1",)
     assert [one.act for one in registry.state().history] == ["register", "register", "approve"]
     assert seal.read(path.parent, root).approved == ("site-1",)
+
+
+def test_a_bundle_can_be_opened_at_every_moment_of_an_approval(
+    signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the server ends in it: no file in the folder is one that the manifest does not know."""
+    federation = founded(tmp_path / "own")
+    sign(signed, federation, approvals=1)
+    registry, door = Registry(federation.folder / "models", lambda: NOW), delivery.Deliveries(federation)
+    registry.register(signed, "toy", lambda copy: str(load_model(copy).contract["model"]))
+    place, real, looks = federation.folder / "models" / "toy" / "1", os.fsync, []
+
+    def looking(descriptor: int) -> None:
+        looks.append(len(seal.read(place).approved))
+        real(descriptor)
+
+    key = Ed25519PrivateKey.generate()
+    signature = signing_of(key, APPROVAL, approval("north", "site-1", seal.read(place).digest)).hex()
+    monkeypatch.setattr(os, "fsync", looking)
+    door.approve("toy", 1, "site-1", raw(key.public_key()).hex(), signature)
+    assert looks[0] == 0
+    assert looks[-1] == 1
+
+
+def test_a_candidate_that_is_damaged_keeps_no_withdrawal_from_counting(
+    exported: Path, signed: Path, federation: Federation, tmp_path: Path
+) -> None:
+    """The champion that is withdrawn is served no more, whatever the candidate beside it."""
+    registry = Registry(tmp_path / "models", lambda: NOW)
+    for bundle in (signed, exported):
+        registry.register(bundle, "toy", lambda copy: str(load_model(copy).contract["model"]))
+    registry.promote("toy", 1)
+    roots = (federation.root_fingerprint,)
+    settings = Settings(
+        registry.folder, tmp_path / "serving", "127.0.0.1", 0, None, roots=roots, unsigned=True
+    )
+    watcher = Watcher(settings)
+    assert watcher.first()["toy"].default is not None
+    (registry.folder / "toy" / "2" / "manifest.json").write_text("damaged")
+    registry.withdraw("toy", 1, "wrong units")
+    found = watcher.again()
+    assert found is not None
+    assert found["toy"].default is None
 
 
 def test_an_approval_counts_only_as_the_site_made_it(
