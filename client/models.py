@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from consortium.client.home import Home
 from consortium.protocol import wire
 from consortium.protocol.connection import Connection, StatusError
-from consortium.protocol.delivery import Delivery, File, approval, verified
+from consortium.protocol.delivery import MODEL_NAME, Delivery, File, approval, verified
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.protocol.files import private_folder, sync_folder, write_private
 from consortium.protocol.signing import APPROVAL, sign
@@ -43,7 +43,7 @@ def folder_of(home: Home, name: str) -> Path:
     Raises:
         InputError: no model has such a name.
     """
-    if not name or name.startswith(".") or "/" in name or len(name) > 64 or not name.isprintable():
+    if not MODEL_NAME.fullmatch(name):
         raise InputError(f"got {name[:80]!r}; a model's name would be right, for example breast-cancer")
     return home.folder / "models" / name
 

@@ -30,7 +30,8 @@ MAX_STATEMENT = 64 * 1024
 MOST_BYTES = 8 << 30
 """Of a bundle's files together."""
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", re.ASCII)
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
+MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
+"""What a model may be called."""
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
@@ -86,11 +87,9 @@ def verified(
     content = statement.content(document, keys, DELIVERY, MAX_STATEMENT, "statement of a model")
     try:
         fields = json.loads(content)
-        asked = fields.pop("nonce") if nonce is None else nonce
         about = {"format": FORMAT, "federation": federation, "site": site, "model": model}
-        if any(fields[name] != right for name, right in about.items()) or (
-            nonce is not None and fields.pop("nonce") != asked
-        ):
+        about |= {} if nonce is None else {"nonce": nonce}
+        if any(fields[name] != right for name, right in about.items()):
             raise IntegrityError("statement of a model: it is not the answer to what this site asked")
         files = {name: File(int(one["size"]), str(one["sha256"])) for name, one in fields["files"].items()}
         said = Delivery(
@@ -103,14 +102,15 @@ def verified(
             str(fields["withdrawn"]),
         )
         sound = (
-            _NAME.fullmatch(model)
+            MODEL_NAME.fullmatch(model)
             and said.version > 0
+            and 0 <= said.until - said.at <= GOOD_FOR
             and all(_FILE.fullmatch(name) and _SHA256.fullmatch(one.sha256) for name, one in files.items())
             and all(one.size >= 0 for one in files.values())
             and sum(one.size for one in files.values()) <= MOST_BYTES
             and bool(files) != bool(said.withdrawn)
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise IntegrityError("statement of a model: it is malformed") from error
     if not sound:
         raise IntegrityError("statement of a model: it names what no bundle has")

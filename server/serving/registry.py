@@ -15,7 +15,6 @@ import getpass
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from consortium.protocol.delivery import MODEL_NAME
 from consortium.protocol.errors import InputError, IntegrityError, RefusedError, nearest
 from consortium.protocol.files import private_folder, sync_folder, write_private
 from consortium.server import seal, vouching
@@ -32,7 +32,6 @@ from consortium.server.serving import gate_file
 FORMAT = 1
 STATE = "registry.json"
 CHAMPION, CANDIDATE = "champion", "candidate"
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
 _LOCK = ".lock"
 
 
@@ -177,7 +176,7 @@ class Registry:
         Raises:
             InputError, IntegrityError, RefusedError: the name or the bundle is not one to keep.
         """
-        if not _NAME.fullmatch(name):
+        if not MODEL_NAME.fullmatch(name):
             raise InputError(
                 f"--name: got {name[:80]!r}; small letters, digits, '.', '_' and '-' would be right, up to 64"
             )
@@ -363,7 +362,7 @@ def split(text: str) -> tuple[str, int | None]:
         InputError: it is neither.
     """
     name, at, which = text.partition("@")
-    if not _NAME.fullmatch(name) or (at and not (which.isascii() and which.isdigit())):
+    if not MODEL_NAME.fullmatch(name) or (at and not (which.isascii() and which.isdigit())):
         raise InputError(
             f"got {text[:80]!r}; NAME or NAME@VERSION would be right, for example breast-cancer@2"
         )
