@@ -7,6 +7,8 @@ The server's last statement stands in the entry of every instruction, so it is d
 from __future__ import annotations
 
 import json
+import logging
+import math
 import secrets
 import threading
 import time
@@ -22,11 +24,13 @@ from consortium.protocol import heads, wire
 from consortium.protocol.audit import Audit
 from consortium.protocol.chain import Head
 from consortium.protocol.connection import StatusError, UnreachableError
-from consortium.protocol.errors import IntegrityError
+from consortium.protocol.errors import ConsortiumError, IntegrityError
 from consortium.protocol.files import write_private
 from consortium.protocol.heads import AUDIT, Shown
 from consortium.protocol.keys import Lock
 from consortium.protocol.trust import Trust
+
+_log = logging.getLogger(__name__)
 
 
 class Log(Protocol):
@@ -114,8 +118,11 @@ class Logs:
             self._check(document, said, nonce, before)
         except IntegrityError as error:
             if str(error) != self._told:
-                self._told = str(error)
-                self._audit.note("refused to go on", {"why": str(error), "server": dict(document)})
+                try:
+                    self._audit.note("refused to go on", {"why": str(error), "server": dict(document)})
+                    self._told = str(error)
+                except ConsortiumError as unwritten:  # the reason why nothing is done counts more
+                    _log.error("%s", unwritten)
             raise
         self._told = ""
 
@@ -207,12 +214,14 @@ def statement_in(home: Home) -> dict[str, Any]:
 def _in_file(home: Home) -> dict[str, Any]:
     try:
         document = json.loads(home.heads_file.read_bytes())
-        if not isinstance(json.loads(document["statement"]), dict):
-            raise TypeError
+        fields = json.loads(document["statement"])
+        if int(fields["epoch"]) < 0 or not math.isfinite(float(fields["at"])):
+            raise ValueError
+        Head.parse(fields["heads"][AUDIT])
         return dict(document)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, IntegrityError) as error:
         raise IntegrityError(f"{home.heads_file}: is damaged; restore it from a backup") from error
 
 

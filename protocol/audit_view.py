@@ -7,6 +7,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -97,7 +98,7 @@ def export(folder: Path, out: Path, chosen: Filter, name: str) -> int:
         InputError: the file is there already, or cannot be written.
     """
     try:
-        with out.open("xb") as file:
+        with out.open("xb") as file, _unless_it_fails(out):
             wanted = {entry.sequence for entry in chosen.of(chain.entries(audit.segments(folder), name))}
             for one in _lines(audit.segments(folder)):
                 if int(json.loads(one)["sequence"]) in wanted:
@@ -109,6 +110,16 @@ def export(folder: Path, out: Path, chosen: Filter, name: str) -> int:
             f"{out}: cannot be written ({error.strerror}); give a file in a folder with room"
         ) from error
     return len(wanted)
+
+
+@contextmanager
+def _unless_it_fails(out: Path) -> Iterator[None]:
+    """Remove the file that was begun where it cannot be completed."""
+    try:
+        yield
+    except BaseException:
+        out.unlink(missing_ok=True)
+        raise
 
 
 def _lines(files: Sequence[Path]) -> Iterator[bytes]:

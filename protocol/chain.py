@@ -226,12 +226,15 @@ class Scan:
         if self.path.exists():
             with opened(self.path) as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
-                yield from self.over(file)
+                size = os.fstat(file.fileno()).st_size
+                fcntl.flock(file, fcntl.LOCK_UN)  # whoever reads slowly must not hold up the owner
+                yield from self.over(file, size)
 
-    def over(self, file: BinaryIO) -> Iterator[Entry]:
+    def over(self, file: BinaryIO, size: int | None = None) -> Iterator[Entry]:
+        """What follows, up to `size` bytes of the file where that is given."""
         with os.fdopen(os.dup(file.fileno()), "rb") as buffered:
             buffered.seek(self.end)
-            while line := buffered.readline(MAX_LINE + 1):
+            while (size is None or self.end < size) and (line := buffered.readline(MAX_LINE + 1)):
                 if not line.endswith(b"\n"):
                     if len(line) > MAX_LINE:
                         raise self._bad("is longer than a line can be")

@@ -14,6 +14,7 @@ over two connections, and one that was overtaken is told by that from a roll-bac
 from __future__ import annotations
 
 import json
+import math
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,9 @@ def verified(
         nonce, at, epoch = fields["nonce"], float(fields["at"]), fields["epoch"]
         if type(nonce) is not str or type(epoch) is not int:
             raise TypeError
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if not math.isfinite(at):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise IntegrityError(f"the {by}'s statement of its logs: it is malformed") from error
     return Shown(by, federation, site, nonce, at, epoch, heads, seen, lacks)
 

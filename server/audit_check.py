@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from consortium.protocol import audit, chain
 from consortium.protocol.audit import FOLDER, name_at_server
@@ -15,6 +17,9 @@ from consortium.server.audit import restores, verify
 from consortium.server.federation import DATABASE, Federation
 from consortium.server.heads import witnessed
 from consortium.server.store import Store
+
+LOOKS, PAUSE = 5, 0.2
+"""How often, and after how many seconds each, a decision is looked for that is noted and not in the database yet."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +47,45 @@ def check(federation: Federation) -> Checked:
         store.close()
 
 
+Decision = tuple[str, int, str]
+"""Site, number and hash."""
+
+
+def _decision(body: Mapping[str, Any]) -> Decision:
+    return body["site"], body["sequence"], body["hash"]
+
+
+def _decided(store: Store) -> set[Decision]:
+    return {_decision(dict(row)) for row in store.rows("SELECT site, sequence, hash FROM approvals")}
+
+
+def _decided_by_now(store: Store, wanted: Decision) -> set[Decision]:
+    """The decisions, once one of them is there, or was waited for: it is noted before it is committed."""
+    found = _decided(store)
+    for _ in range(LOOKS):
+        if wanted in found:
+            break
+        time.sleep(PAUSE)
+        found = _decided(store)
+    return found
+
+
 def _events(store: Store, federation: Federation) -> int:
     """How many events stand in the log as they do in the database; what was before a restore is not there any more."""
     name = name_at_server(federation.config.name, federation.root_fingerprint)
-    decided = {
-        (row["site"], row["sequence"], row["hash"])
-        for row in store.rows("SELECT site, sequence, hash FROM approvals")
-    }
+    decided = _decided(store)
     first = max(restores(federation).values(), default=0)
     count = 0
     for entry in chain.entries(audit.segments(federation.folder / FOLDER), name, first):
         one = entry.body
-        if entry.kind == "decided" and (one["site"], one["sequence"], one["hash"]) not in decided:
+        if entry.kind == "decided" and _decision(one) not in decided:
+            decided = _decided_by_now(store, _decision(one))
+        if entry.kind == "decided" and _decision(one) not in decided:
             raise IntegrityError(
                 f"{federation.folder}: decision {one['sequence']} of site '{one['site']}', of which entry "
-                f"{entry.sequence} of the audit log tells, is not in the database any more, or is another one"
+                f"{entry.sequence} of the audit log tells, is not in the database any more, or is another one. If the "
+                "server was killed, or its disk full, while the site decided, the site says it again when it connects: "
+                "check again then"
             )
         if "run" not in entry.body or "event" not in entry.body:
             continue

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -64,7 +63,9 @@ class SiteLogs:
     ) -> None:
         self._store, self._federation, self._log = store, federation, log
         self._approvals, self._note, self._clock = approvals, note, clock
-        self._lock = threading.RLock()
+        self._lock = (
+            store.lock
+        )  # the one lock: `keep_with` is called within a transaction, the others begin some
         self._known: dict[tuple[str, str], _Known] = {}
         self._unkept: dict[tuple[str, str], list[Head]] = {}
 
@@ -76,10 +77,13 @@ class SiteLogs:
         """
         name = self._federation.config.name
         shown = heads.verified(document, [public_key(identity)], "site", name, site)
+        shown = replace(
+            shown, at=min(shown.at, self._clock())
+        )  # else a site could make its roll-back look overtaken
+        lacks = self._lacks(site, shown)
         with self._lock:
             known = self._of(site, identity)
             trouble = self._trouble(shown, known, identity)
-            lacks = self._lacks(site, shown)
             if trouble and trouble != known.trouble:
                 _log.error("site %s: %s", site, trouble)
                 self._note("site distrusted", {"site": site, "why": trouble, "statement": dict(document)})
@@ -127,13 +131,13 @@ class SiteLogs:
     def keep(self) -> None:
         """Make all of it durable."""
         with self._lock:
-            waiting = bool(self._unkept)
-        if waiting:
-            with self._store.transaction() as db:
-                self.keep_with(db)
+            if self._unkept:
+                with self._store.transaction() as db:
+                    self.keep_with(db)
+                self._unkept.clear()
 
     def keep_with(self, db: sqlite3.Connection) -> None:
-        """As `keep`, within a transaction."""
+        """Write it within a transaction; what that does not bring to the disk, the next `keep` does."""
         with self._lock:
             for (site, identity), made in self._unkept.items():
                 known, name = self._known[site, identity], self._name(site, identity)
@@ -151,7 +155,6 @@ class SiteLogs:
                     "INSERT OR REPLACE INTO shown VALUES (?, ?, ?, ?)",
                     (site, identity, known.at, json.dumps(known.document)),
                 )
-            self._unkept.clear()
 
     def _of(self, site: str, identity: str) -> _Known:
         key = (site, identity)

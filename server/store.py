@@ -220,6 +220,12 @@ class Store:
             except sqlite3.DatabaseError as error:
                 raise self._error(error) from error
 
+    @property
+    def lock(self) -> threading.RLock:
+        """What every call holds: for those who keep something in memory beside the database, and must not hold a lock
+        of their own when they call it, or are called within a transaction."""
+        return self._lock
+
     def rows(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         """The rows of a query."""
         with self._lock:

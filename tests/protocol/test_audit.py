@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -186,3 +187,30 @@ def test_a_line_for_people_holds_nothing_that_steers_a_terminal(tmp_path: Path) 
     assert "\x1b" not in audit_view.line(entry)
     assert "\n" not in audit_view.line(entry)
     assert json.loads(json.dumps(audit_view.document(entry)))["body"]["text"] == "a\x1b[31mb\n"
+
+
+def test_a_slow_reader_does_not_hold_up_the_owner(tmp_path: Path) -> None:
+    """Somebody pages through the log: entries are added meanwhile, and the reader ends where the log ended."""
+    log = opened(tmp_path / "log", segment=1 << 20)
+    for number in range(3):
+        log.note("one", {"n": number})
+    reading = log.entries()
+    next(reading)
+    writing = threading.Thread(target=lambda: log.note("two", {}), daemon=True)
+    writing.start()
+    writing.join(20)
+    assert not writing.is_alive()
+    assert [entry.kind for entry in reading] == ["one", "one"]
+
+
+def test_an_export_of_a_damaged_log_leaves_nothing(tmp_path: Path) -> None:
+    """It is refused with the entry named, and once more when it is tried again."""
+    log = opened(tmp_path / "log", segment=1 << 20)
+    for number in range(4):
+        log.note("one", {"n": number})
+    (path,) = segments(log.folder)
+    path.write_bytes(path.read_bytes().replace(b'"n":2', b'"n":7'))
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match="entry 3"):
+            audit_view.export(log.folder, tmp_path / "out.jsonl", audit_view.Filter(), log.name)
+        assert not (tmp_path / "out.jsonl").exists()

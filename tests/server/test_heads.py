@@ -5,7 +5,11 @@ Both sides are the real ones, over a real database and real folders; what travel
 
 from __future__ import annotations
 
+import json
+import secrets
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,12 @@ from founded import open_doors
 from pair import SITE, Pair
 
 from consortium.privacy.ledger import Budget
-from consortium.protocol import heads
+from consortium.protocol import heads, statement
 from consortium.protocol.chain import Head
-from consortium.protocol.errors import IntegrityError
+from consortium.protocol.errors import ConsortiumError, IntegrityError
 from consortium.protocol.heads import AUDIT, Shown
+from consortium.protocol.signing import HEADS
+from consortium.server import audit_check
 from consortium.server.audit import restores, verify
 from consortium.server.heads import witnessed
 
@@ -192,3 +198,93 @@ def test_a_site_that_states_ever_higher_heads_fills_no_disk(
     kept = pair.logs.history(SITE, identity)
     assert kept[0] == f"{39 * 64}:{39:064x}"
     assert len(set(kept)) <= 6
+
+
+def test_a_commit_and_a_poll_do_not_wait_for_each_other(pair: Pair) -> None:
+    """A poll that comes in the middle of a commit, which keeps heads too: both end."""
+    pair.work()
+    pair.site.note("answered", {})
+    shown, identity = pair.mine.show(secrets.token_hex(32)), pair.doors.roster.identity(SITE)
+    inside = threading.Event()
+
+    def commit() -> None:
+        with pair.doors.store.transaction() as db:
+            inside.set()
+            time.sleep(0.5)  # the poll begins
+            pair.logs.keep_with(db)
+
+    threads = [
+        threading.Thread(target=commit, daemon=True),
+        threading.Thread(target=lambda: pair.logs.take(SITE, identity, shown), daemon=True),
+    ]
+    for one in threads:
+        one.start()
+        assert inside.wait(10)
+    for one in threads:
+        one.join(20)
+    assert not any(one.is_alive() for one in threads)
+
+
+def test_a_head_outlives_a_commit_that_fails(pair: Pair) -> None:
+    """What its transaction did not bring to the disk, the next one does."""
+    pair.work()
+    pair.site.note("answered", {})
+    identity = pair.doors.roster.identity(SITE)
+    pair.logs.take(SITE, identity, pair.mine.show(secrets.token_hex(32)))
+
+    def fails() -> None:
+        with pair.doors.store.transaction() as db:
+            pair.logs.keep_with(db)
+            raise ConsortiumError("the disk is full")
+
+    with pytest.raises(ConsortiumError, match="full"):
+        fails()
+    pair.logs.keep()
+    pair.start_server()
+    assert pair.logs.head(SITE, identity) == pair.site.head
+
+
+@pytest.mark.parametrize("at", [10**400, float("inf"), float("nan"), "soon"])
+def test_a_malformed_statement_is_refused(pair: Pair, at: object) -> None:
+    """Whatever number it holds: a refusal in words."""
+    identity, name = pair.doors.roster.identity(SITE), pair.doors.federation.config.name
+    about = {
+        "format": 1, "by": "site", "federation": name, "site": SITE, "nonce": "0" * 64, "at": at, "epoch": 0,
+        "heads": {}, "seen": {}, "lacks": [],
+    }  # fmt: skip
+    key = pair.home.identity(pair.home.lock())
+    with pytest.raises(IntegrityError, match="malformed"):
+        pair.logs.take(SITE, identity, statement.signed(key, HEADS, json.dumps(about).encode()))
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[", '{"epoch":0,"at":1,"heads":{}}', '{"epoch":0,"at":1,"heads":{"audit":"x"}}']
+)
+def test_a_damaged_file_of_heads_is_named(pair: Pair, text: str) -> None:
+    """Whatever is wrong with it."""
+    pair.work()
+    pair.home.heads_file.write_text(json.dumps({"statement": text, "signature": ""}))
+    with pytest.raises(IntegrityError, match=r"heads\.json: is damaged"):
+        pair.start_site()
+
+
+def test_a_decision_that_is_noted_before_it_is_committed_is_waited_for(pair: Pair) -> None:
+    """`verify` beside a running server gives no false alarm; one that never comes is named, with what to do."""
+    pair.work()
+    row = (SITE, pair.doors.roster.identity(SITE), 1, "0" * 64)
+    pair.server.note("decided", {"site": SITE, "sequence": 1, "hash": "0" * 64})
+    with pytest.raises(IntegrityError, match=r"decision 1 of site 'alba'.*says it again when it connects"):
+        audit_check.check(pair.doors.federation)
+
+    def committed() -> None:
+        time.sleep(0.3)
+        with pair.doors.store.transaction() as db:
+            db.execute("INSERT INTO approvals VALUES (?, ?, ?, ?, 'approved', '', 0.0, '', '')", row)
+
+    thread = threading.Thread(target=committed)
+    thread.start()
+    try:
+        with pytest.raises(IntegrityError, match="approvals"):  # it came, and this one is signed by nobody
+            audit_check.check(pair.doors.federation)
+    finally:
+        thread.join()

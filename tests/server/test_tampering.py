@@ -173,8 +173,11 @@ def _assert_named(text: str, first: int, way: str) -> None:
 
 
 @pytest.mark.slow
-def test_decisions_that_the_server_keeps_are_found_changed_or_missing(tmp_path: Path) -> None:
+def test_decisions_that_the_server_keeps_are_found_changed_or_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lines of the database that were edited, removed, cut off or exchanged: the entry is named."""
+    monkeypatch.setattr("consortium.server.audit_check.PAUSE", 0.0)
     draw = random.Random(1)
     with open_doors(tmp_path / "fed") as doors:
         pair = Pair(doors, tmp_path / "site")
