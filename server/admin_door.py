@@ -144,7 +144,7 @@ class AdminDoor:
         self._archive.submit(found)
         about = {"study": study.name, "digest": study.digest, "bundle": found.digest}
         self._host.note("submitted", about)
-        self._exchange.nudge()
+        self._exchange.rouse()
         return about
 
     def _rerun(self, request: Request, name: str) -> dict[str, Any]:

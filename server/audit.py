@@ -8,7 +8,6 @@ offered, and on the disk before anything that comes of it is committed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import threading
@@ -266,8 +265,3 @@ def verify(federation: Federation, witnessed: Sequence[Head] = ()) -> Head:
 
 def _every(statements: Sequence[trust.Trust]) -> list[Ed25519PublicKey]:
     return [key for one in statements for key in one.keys]
-
-
-def digest(content: bytes) -> str:
-    """SHA-256 (hex)."""
-    return hashlib.sha256(content).hexdigest()

@@ -30,5 +30,4 @@ def evidence(
     federation = Federation.open(folder)
     about = hand_over(federation, name, out)
     check = f"python {out}/verify.py --root {federation.root_fingerprint}"
-    check = f"python {out}/verify.py --root {federation.root_fingerprint}"
     typer.echo(f"{out}: evidence of run {about.run}; check it with: {check}")

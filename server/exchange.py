@@ -222,12 +222,6 @@ class Exchange:
         with self._lock:
             return {name: _how(self._sites.get(name)) for name in self._members() if name not in here}
 
-    def nudge(self) -> None:
-        """Let every open poll look anew at what it may answer."""
-        with self._lock:
-            for site in self._sites:
-                self._wake(site)
-
     def presence(self, site: str) -> Presence:
         """How a site stands."""
         with self._lock:
@@ -334,7 +328,7 @@ class Exchange:
                 asked.came.put(None)
 
     def rouse(self) -> None:
-        """Have every open poll look again: a run has ended."""
+        """Have every open poll look again at what it may answer."""
         with self._lock:
             for site in self._sites:
                 self._wake(site)

@@ -198,7 +198,9 @@ class SiteDoor:
         try:
             about = self._checked(header, signature, offer)
             if wire.SHOWN in request.headers:
-                self._shown(site, unpacked(request.headers[wire.SHOWN]))
+                trouble = self._shown(site, unpacked(request.headers[wire.SHOWN]))
+                if trouble:
+                    raise IntegrityError(trouble)
             if request.left != about.length:  # it may still be sent as a whole
                 return error_response(400, "the body is not as long as its header says")
             content = self._content(request, about) if about.length else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,9 @@ from attacker import NOTHING, head
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from realm import SIZE, Actor, Frame, Realm, answer, wait_for
 
-from consortium.protocol import wire
+from consortium.protocol import heads, wire
+from consortium.protocol.chain import Head
+from consortium.protocol.heads import AUDIT, Shown
 from consortium.protocol.messages import Payload, canonical, encode
 from consortium.protocol.signing import ANSWER, INSTRUCTION, sign
 
@@ -137,6 +140,33 @@ def test_an_answer_to_something_else_is_left_out(siege: Realm, mallory: Actor, w
     reason = siege.round(frame.about.round)["left_out"]["mallory"]
     assert reason.isprintable()
     assert len(reason) < 1000
+
+
+def test_an_answer_of_a_site_that_lacks_what_was_seen_of_it_does_not_count(
+    siege: Realm, mallory: Actor
+) -> None:
+    """Its own statement says that an older copy of its folder was put back: its answer is refused, and named, until
+    the newest copy speaks."""
+
+    def shown(sequence: int, *lacks: str) -> dict[str, str]:
+        config = mallory.home.config
+        about = Shown(
+            "site", config.federation, "mallory", "0" * 64, time.time(), 0,
+            {AUDIT: Head(sequence, f"{sequence:064x}")}, {}, lacks,
+        )  # fmt: skip
+        return heads.state(mallory.identity, about)
+
+    frame = mallory.asked()
+    header, content = answer(frame)
+    body = wire.preamble(header, sign(mallory.identity, ANSWER, header)) + content
+    with mallory.line() as line:
+        said = line.ask(
+            "PUT", wire.ANSWERS + frame.about.nonce, body, headers={wire.SHOWN: heads.packed(shown(5, AUDIT))}
+        )
+    assert said.status == 400
+    left_out(siege, frame, "an older copy was put back")
+    question = {"format": wire.FORMAT, "heads": shown(6), "nonce": "1" * 64}
+    assert mallory.ask("POST", wire.HEADS, question).status == 200
 
 
 def test_what_was_not_asked_is_not_taken(siege: Realm, mallory: Actor) -> None:
