@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,20 @@ def as_frame(table: Table) -> pd.DataFrame:
         return pd.DataFrame(dict(table))
     except ValueError as error:
         raise InputError(f"predict: the columns do not make a table ({error})") from error
+
+
+@contextmanager
+def reading_arrays(path: Path) -> Iterator[None]:
+    """Raises InputError where numpy cannot read the .npy or .npz file at `path` in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); correct the path or its permissions"
+        ) from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        right = "write it again with numpy.save or numpy.savez, without arrays of objects"
+        raise InputError(f"{path}: is damaged, empty or no such file as its name says; {right}") from error
 
 
 def tensor(one: Mapping[str, Any], table: Table) -> NDArray[Any]:

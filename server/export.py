@@ -80,8 +80,7 @@ def export(
             f"study '{study.name}': the run made no model ({outcome.why}); nothing to export"
         )
     destination = destination.absolute()
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise InputError(f"{destination}: is not empty; give a new folder, exported models are never changed")
+    refuse_taken(destination)
     with exchange() as folder:
         _give(folder, outcome.model, local, outcome.state.statistics)
         run("export", study, plan.strategy.local, folder, timeout=timeout, trusted=trusted)
@@ -263,6 +262,12 @@ def _difference(what: str, got: NDArray[Any], expected: NDArray[Any]) -> float:
             f"export: {what}: onnxruntime differs from torch by {error:.2g}, at most {limit:.0e} is right; {again}"
         )
     return error
+
+
+def refuse_taken(destination: Path) -> None:
+    """Raises InputError where a bundle cannot be written, because something is there."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise InputError(f"{destination}: is not empty; give a new folder, exported models are never changed")
 
 
 def place(files: Mapping[str, Content], destination: Path) -> None:

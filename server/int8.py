@@ -10,7 +10,6 @@ It needs the packages `onnx` and `onnxruntime` where it is made, and onnxruntime
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,8 @@ LARGEST_LOSS = 0.01
 """Share of the rows that the 8-bit graph may get right less often than the graph that it is made of."""
 LEAST_SHRINKING = 3.0
 """How many times smaller than that graph it must be."""
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 Ranges = dict[str, tuple[float, float]]
 """Smallest and largest number by tensor."""
@@ -86,13 +87,13 @@ def ranges(graph: bytes, batches: Iterable[Mapping[str, NDArray[Any]]]) -> Range
 
 
 def checked(found: Ranges) -> Ranges:
-    """The ranges, if each is finite and runs upwards.
+    """The ranges, if each is of finite numbers of 32 bits and runs upwards.
 
     Raises:
         InputError: naming the tensor that is not so.
     """
     for name, (low, high) in found.items():
-        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        if not -_LARGEST <= low <= high <= _LARGEST:
             raise InputError(
                 f"ranges: tensor '{name}' goes from {low} to {high}; finite numbers, upwards, are right"
             )

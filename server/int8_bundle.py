@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from consortium.protocol.errors import InputError, IntegrityError, RefusedError
 from consortium.server import card, int8, seal
-from consortium.server.columns import tensor
-from consortium.server.export import place
+from consortium.server.columns import reading_arrays, tensor
+from consortium.server.export import place, refuse_taken
 from consortium.server.model import ONNX, WEIGHTS, Model, load_model, open_graph, verified
 
 FORMAT = 1
@@ -48,11 +48,12 @@ def read(path: Path, model: Model) -> Labelled:
         InputError: the model is no classifier of one tensor, or the file is not such a file.
     """
     one, classes = model.contract["inputs"][0], _classes(model)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in ("x", "y", one["name"])}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: is no .npz file that can be read ({type(error).__name__})") from error
+    if path.suffix != ".npz":
+        raise InputError(
+            f"{path}: an .npz file would be right; write it with numpy.savez(path, x=..., y=...)"
+        )
+    with reading_arrays(path), np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files if name in ("x", "y", one["name"])}
     if "y" not in arrays or len(arrays) < 2:
         raise InputError(
             f"{path}: needs the arrays y and x, or y and {one['name']}; it has {', '.join(arrays) or 'none'}"
@@ -60,7 +61,8 @@ def read(path: Path, model: Model) -> Labelled:
     given = arrays.get(str(one["name"]))
     if given is None:
         x = arrays["x"]
-        given = np.moveaxis(x.astype(np.float32) / np.float32(255) if x.dtype == np.uint8 else x, -1, 1)
+        given = x.astype(np.float32) / np.float32(255) if x.dtype == np.uint8 else x
+        given = np.moveaxis(given, -1, 1) if given.ndim > 1 else given
     try:
         inputs = tensor(one, given)
     except InputError as error:
@@ -117,12 +119,18 @@ def calibration_in(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        about = {"format": found["format"], "graph": str(found["graph"]), "rows": int(found["rows"])}
+        about = {"format": found["format"], "graph": str(found["graph"]), "rows": found["rows"]}
         ranges = {str(name): (float(low), float(high)) for name, (low, high) in found["ranges"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); correct the path or its permissions"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: holds no ranges; make them with: consortium model ranges") from error
     if about["format"] != FORMAT:
         raise InputError(f"{path}: format {about['format']} is not known here; this version reads {FORMAT}")
+    if type(about["rows"]) is not int or about["rows"] < 1:
+        raise InputError(f"{path}: rows: a whole number from 1 would be right")
     try:
         return {**about, "ranges": int8.checked(ranges)}
     except InputError as error:
@@ -143,8 +151,9 @@ def quantize(
     Raises:
         RefusedError: it gets more rows wrong than `int8.LARGEST_LOSS` allows, or is not `int8.LEAST_SHRINKING` times
             smaller, or the model is private.
-        InputError: the ranges are another graph's, or the rows are too few.
+        InputError: the ranges are another graph's, the rows are too few, or `out` is taken.
     """
+    refuse_taken(out)
     refuse_private(folder)
     model, files = load_model(folder), verified(folder)
     whole = files[ONNX]
@@ -218,8 +227,6 @@ def _write(
     else:
         made[seal.MANIFEST] = seal.manifest(hashes, str(came["federation"]), approvals)
         made[seal.SIGNATURE] = seal.signature(dict(sign(made[seal.MANIFEST])))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: is not empty; give a new folder, exported models are never changed")
     place(made, out)
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from consortium.protocol.errors import InputError
-from consortium.server.columns import beyond, looked
+from consortium.server.columns import beyond, looked, reading_arrays
 
 if TYPE_CHECKING:
     from consortium.server.model import Model
@@ -229,16 +229,19 @@ def _tensors(one: Mapping[str, Any], source: Path) -> Generator[Any, None, None]
     """The rows of an array file in chunks; an .npy file is mapped, an .npz file is read whole."""
     if source.suffix not in (".npy", ".npz"):
         raise InputError(f"{source}: this model takes one array; give an .npy or .npz file")
-    try:
+    with reading_arrays(source):
         loaded = np.load(source, allow_pickle=False, mmap_mode="r" if source.suffix == ".npy" else None)
-    except ValueError as error:
-        raise InputError(f"{source}: is not an array file ({error})") from error
-    if source.suffix == ".npz":
-        names = list(loaded.files)
-        if one["name"] not in names and len(names) != 1:
-            raise InputError(
-                f"{source}: holds {', '.join(names)}; one array called '{one['name']}' is needed"
-            )
-        loaded = loaded[one["name"] if one["name"] in names else names[0]]
+        if source.suffix == ".npz":
+            loaded = _only(one["name"], source, loaded)
+    loaded = np.atleast_1d(loaded)
     for start in range(0, max(len(loaded), 1), TENSORS):
         yield loaded[start : start + TENSORS]
+
+
+def _only(wanted: str, source: Path, archive: Any) -> NDArray[Any]:
+    """The array of that name in an .npz file, or the only one there."""
+    names = list(archive.files)
+    if wanted not in names and len(names) != 1:
+        raise InputError(f"{source}: holds {', '.join(names)}; one array called '{wanted}' is needed")
+    found: NDArray[Any] = archive[wanted if wanted in names else names[0]]
+    return found

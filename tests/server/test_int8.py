@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from consortium.protocol.study import Study
 from consortium.server import int8, int8_bundle, seal
 from consortium.server.export import export
 from consortium.server.federation import Federation
-from consortium.server.model import ONNX, WEIGHTS, load_model
+from consortium.server.model import ONNX, WEIGHTS, Model, load_model
+from consortium.server.predicting import predict_file
 from consortium.server.records import Plan
 from consortium.simulations import simulate
 from consortium.strategies.chosen import strategy_of
@@ -211,9 +213,59 @@ def test_ranges_from_strangers_are_checked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="different graphs"):
         int8.merged([{"a": (0.0, 1.0)}, {"b": (0.0, 1.0)}])
     assert int8.merged([{"a": (0.0, 1.0)}, {"a": (-1.0, 0.5)}]) == {"a": (-1.0, 1.0)}
-    (tmp_path / "r.json").write_text("[]")
-    with pytest.raises(InputError, match="holds no ranges"):
-        int8_bundle.calibration_in(tmp_path / "r.json")
+    for text, reason in (
+        ("[]", "holds no ranges"),
+        ("[" * 100_000, "holds no ranges"),
+        ('{"format": 1, "graph": "g", "rows": Infinity, "ranges": {}}', "rows: a whole number"),
+        ('{"format": 1, "graph": "g", "rows": -9, "ranges": {}}', "rows: a whole number"),
+        ('{"format": 1, "graph": "g", "rows": 9, "ranges": {"conv": [0, 1e300]}}', "tensor 'conv'"),
+        (
+            f'{{"format": 1, "graph": "g", "rows": 9, "ranges": {{"conv": [0, 1{"0" * 999}]}}}}',
+            "holds no ranges",
+        ),
+    ):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(InputError, match=rf"r\.json.*{reason}"):
+            int8_bundle.calibration_in(tmp_path / "r.json")
+    with pytest.raises(InputError, match=r"none\.json: cannot be read \(No such file"):
+        int8_bundle.calibration_in(tmp_path / "none.json")
+
+
+CONTRACT = {
+    "inputs": [{"name": "image", "kind": "tensor", "shape": [1, 4, 4], "dtype": "float32"}],
+    "outputs": [{"name": "probability", "classes": ["0", "1"], "shape": [2], "dtype": "float32"}],
+}
+
+
+def npz(**arrays: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+SOUND = npz(x=np.zeros((4, 4, 4, 1)), y=np.zeros(4, int))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"text", SOUND[: len(SOUND) // 2], SOUND[:60] + bytes(20) + SOUND[80:],
+        npz(x=np.array(1.0), y=np.zeros(1, int)), npz(x=np.zeros(4), y=np.zeros(4, int)), npz(),
+        npz(x=np.array([{}], object), y=np.zeros(1, int)), npz(x=np.zeros((4, 4, 4, 1)), y=np.array(["a"])),
+    ],
+)  # fmt: skip
+def test_a_file_of_rows_that_is_damaged_is_named(content: bytes, tmp_path: Path) -> None:
+    """Whatever numpy says of it: wrong input, exit code 2, by quantisation and by prediction."""
+    model, path = Model(tmp_path, CONTRACT, None), tmp_path / "rows.npz"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"rows\.npz"):
+        int8_bundle.read(path, model)
+    if content != npz(x=np.zeros((4, 4, 4, 1)), y=np.array(["a"])):
+        with pytest.raises(InputError):
+            predict_file(model, path, tmp_path / "out.csv", False)
+    for place in (tmp_path / "none.npz", tmp_path / "rows.npy"):
+        with pytest.raises(InputError, match=place.name):
+            int8_bundle.read(place, model)
 
 
 def test_the_gate_counts_rows_and_bytes() -> None:
