@@ -30,6 +30,7 @@ from consortium.protocol import wire
 from consortium.protocol.connection import Connection, StatusError
 from consortium.protocol.delivery import MODEL_NAME, Delivery, File, approval, verified
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
+from consortium.protocol.exclusive import alone
 from consortium.protocol.files import private_folder, sync_folder, write_private
 from consortium.protocol.signing import APPROVAL, sign
 
@@ -59,14 +60,15 @@ def pull(
         InputError: there is no such model; StatusError and the like: the server cannot be reached.
         IntegrityError: it was withdrawn, or what came is not what the server signed; the file is named.
     """
-    folder = folder_of(home, name)
-    home.accept_trust(connection.request("GET", wire.TRUST).document())
-    document, said = _asked(home, connection, name, 0)
-    if said.withdrawn:
-        raise IntegrityError(f"{name}@{said.version}: was withdrawn ({said.withdrawn}); nothing was fetched")
-    _here(home, connection, folder, said, progress)
-    write_private(folder / STANDING, json.dumps(document).encode())
-    return said
+    folder, said = _meant(home, connection, name, 0)
+    _fetch_missing(connection, folder, said, progress)
+    with alone(folder):
+        # While it was fetched, which may be long, it may have been withdrawn.
+        document, now = _asked(home, connection, name, said.version)
+        _refuse_withdrawn(now)
+        _put(folder, said)
+        write_private(folder / STANDING, json.dumps(document).encode())
+    return now
 
 
 def fetch(home: Home, connection: Connection, name: str, version: int) -> tuple[Path, Delivery]:
@@ -74,12 +76,10 @@ def fetch(home: Home, connection: Connection, name: str, version: int) -> tuple[
 
     Raises: as `pull`.
     """
-    folder = folder_of(home, name)
-    home.accept_trust(connection.request("GET", wire.TRUST).document())
-    _, said = _asked(home, connection, name, version)
-    if said.withdrawn:
-        raise IntegrityError(f"{name}@{said.version}: was withdrawn ({said.withdrawn}); nothing was fetched")
-    return _here(home, connection, folder, said, lambda *_: None), said
+    folder, said = _meant(home, connection, name, version)
+    _fetch_missing(connection, folder, said, lambda *_: None)
+    with alone(folder):
+        return _put(folder, said), said
 
 
 def approve(home: Home, connection: Connection, key: Ed25519PrivateKey, said: Delivery) -> list[str]:
@@ -92,19 +92,21 @@ def approve(home: Home, connection: Connection, key: Ed25519PrivateKey, said: De
     return [str(one) for one in wire.field(document, "approved", list)]
 
 
-def _here(
-    home: Home, connection: Connection, folder: Path, said: Delivery, progress: Callable[[int, int], None]
-) -> Path:
-    """The folder of a version, fetched where it is not here."""
+def _meant(home: Home, connection: Connection, name: str, version: int) -> tuple[Path, Delivery]:
+    """Where a model's versions lie, and what the server says of the one that is meant, if it may be used."""
+    place = folder_of(home, name)
+    home.accept_trust(connection.request("GET", wire.TRUST).document())
+    _, said = _asked(home, connection, name, version)
+    _refuse_withdrawn(said)
     private_folder(home.folder / "models")
-    place = private_folder(folder) / str(said.version)
-    if not place.is_dir() or not _same(place, said):
-        part = private_folder(folder / f".{said.version}.part")
-        _fetch_all(connection, said, part, progress)
-        shutil.rmtree(place, ignore_errors=True)
-        part.rename(place)
-        sync_folder(folder)
-    return place
+    return private_folder(place), said
+
+
+def _refuse_withdrawn(said: Delivery) -> None:
+    if said.withdrawn:
+        raise IntegrityError(
+            f"{said.model}@{said.version}: was withdrawn ({said.withdrawn}); it is not used here"
+        )
 
 
 def _asked(home: Home, connection: Connection, name: str, version: int) -> tuple[dict[str, Any], Delivery]:
@@ -121,23 +123,54 @@ def _asked(home: Home, connection: Connection, name: str, version: int) -> tuple
     return document, verified(document, home.trust().keys, config.federation, config.site, name, nonce)
 
 
-def _fetch_all(
-    connection: Connection, said: Delivery, part: Path, progress: Callable[[int, int], None]
+def _part(folder: Path, said: Delivery) -> Path:
+    return folder / f".{said.version}.part"
+
+
+def _missing(place: Path, said: Delivery) -> dict[str, File]:
+    """The files that are not in a folder as they should be."""
+    return {
+        name: one
+        for name, one in said.files.items()
+        if not (place / name).is_file() or _digest(place / name) != one.sha256
+    }
+
+
+def _fetch_missing(
+    connection: Connection, folder: Path, said: Delivery, progress: Callable[[int, int], None]
 ) -> None:
-    whole = sum(one.size for one in said.files.values())
+    """Fetch what is not here of a version, beside it."""
+    missing, part = _missing(folder / str(said.version), said), private_folder(_part(folder, said))
+    whole = sum(one.size for one in missing.values())
     disk = os.statvfs(part)
     if whole > disk.f_bavail * disk.f_frsize:
         raise InputError(f"{part}: there is no room for {whole} bytes on this disk")
     for path in part.iterdir():
-        if path.name not in said.files:
+        if path.name not in missing:
             path.unlink()
     done = 0
-    for name, one in said.files.items():
-        for count in _fetch(
-            connection, f"{wire.MODELS}{quote(said.model)}/{said.version}/{name}", one, part / name
-        ):
+    for name, one in missing.items():
+        route = f"{wire.MODELS}{quote(said.model)}/{said.version}/{name}"
+        for count in _fetch(connection, route, one, part / name):
             done += count
             progress(done, whole)
+
+
+def _put(folder: Path, said: Delivery) -> Path:
+    """Put what was fetched into the version's folder, file by file: whoever uses that finds it at every moment."""
+    place, part = folder / str(said.version), _part(folder, said)
+    if not place.is_dir():
+        part.rename(place)
+    else:
+        for path in part.iterdir():
+            path.replace(place / path.name)
+        part.rmdir()
+        for path in place.iterdir():
+            if path.name not in said.files:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        sync_folder(place)
+    sync_folder(folder)
+    return place
 
 
 def _fetch(connection: Connection, route: str, one: File, path: Path) -> Iterator[int]:
@@ -165,13 +198,6 @@ def _fetch(connection: Connection, route: str, one: File, path: Path) -> Iterato
     if sha.hexdigest() != one.sha256:
         path.unlink()
         raise IntegrityError(f"{path}: is not what the server signed (SHA-256 differs); pull it again")
-
-
-def _same(place: Path, said: Delivery) -> bool:
-    """Whether the folder holds just these files, to the byte."""
-    if {path.name for path in place.iterdir()} != set(said.files):
-        return False
-    return all(_digest(place / name) == one.sha256 for name, one in said.files.items())
 
 
 def _digest(path: Path) -> str:
@@ -237,21 +263,24 @@ def check(home: Home, connection: Connection) -> None:
         ConsortiumError: the server cannot be reached.
     """
     for path in sorted((home.folder / "models").glob(f"*/{STANDING}")):
-        name = path.parent.name
         try:
-            before = standing(home, name)
-            document, said = _asked(home, connection, name, before.version)
+            with alone(path.parent):
+                _check(home, connection, path.parent)
         except (InputError, IntegrityError) as error:  # it costs this model alone
-            _log.error("model %s: %s", name, error)
-            continue
-        if said.bundle != before.bundle:
-            _log.error("model %s: the server's version %d is another bundle now", name, said.version)
-            continue
-        if said.withdrawn:
-            _withdraw(path.parent / str(said.version), said)
-        write_private(path, json.dumps(document).encode())
-        if said.withdrawn and not before.withdrawn:
-            _log.warning("model %s@%d: was withdrawn: %s", name, said.version, said.withdrawn)
+            _log.error("model %s: %s", path.parent.name, error)
+
+
+def _check(home: Home, connection: Connection, folder: Path) -> None:
+    name = folder.name
+    before = standing(home, name)
+    document, said = _asked(home, connection, name, before.version)
+    if (said.version, said.bundle) != (before.version, before.bundle):
+        raise IntegrityError(f"the server's version {before.version} is another bundle now")
+    if said.withdrawn:
+        _withdraw(folder / str(said.version), said)
+    write_private(folder / STANDING, json.dumps(document).encode())
+    if said.withdrawn and not before.withdrawn:
+        _log.warning("model %s@%d: was withdrawn: %s", name, said.version, said.withdrawn)
 
 
 def _withdraw(place: Path, said: Delivery) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from consortium.protocol.delivery import GOOD_FOR, Delivery, File
-from consortium.protocol.errors import InputError
+from consortium.protocol.errors import InputError, IntegrityError
 from consortium.protocol.signing import MEMBER
 from consortium.protocol.wire import CHUNK
 from consortium.server import seal, vouching
 from consortium.server.federation import Federation
 from consortium.server.serving import gate_file
 from consortium.server.serving.registry import Registry, Shelf
+
+_log = logging.getLogger(__name__)
 
 
 class Deliveries:
@@ -45,8 +48,8 @@ class Deliveries:
         now = self._clock()
         if version.withdrawn:
             return Delivery(name, number, version.bundle, now, now, withdrawn=version.why)
-        place = self._registry.bundle(name, shelf, number)
-        return Delivery(name, number, version.bundle, now, now + GOOD_FOR, _files(place))
+        files = _files(self._place(name, shelf, number))
+        return Delivery(name, number, version.bundle, now, now + GOOD_FOR, files)
 
     def approve(self, name: str, number: int, site: str, identity: str, signature: str) -> tuple[str, ...]:
         """Keep a site's approval of a version; the sites that have approved it then. identity: its key (hex).
@@ -66,12 +69,15 @@ class Deliveries:
         """The bytes of a version's file from `start` on, in pieces, and how many they are.
 
         Raises:
-            InputError: there is none such; IntegrityError: the version was withdrawn.
+            InputError: there is none such; IntegrityError: the version was withdrawn, or is damaged.
         """
         shelf = self._shelf(name)
-        if shelf.version(number) is None:
+        version = shelf.version(number)
+        if version is None:
             raise InputError(f"model '{name}' has no version {number}")
-        place = self._registry.bundle(name, shelf, number)
+        if version.withdrawn:
+            raise IntegrityError(f"{name}@{number}: was withdrawn ({version.why})")
+        place = self._place(name, shelf, number)
         known = {*seal.read(place).files, seal.MANIFEST, seal.SIGNATURE}
         path = place / file
         if file not in known or not path.is_file():
@@ -80,6 +86,13 @@ class Deliveries:
         if start > size:
             raise InputError(f"{name}@{number}: {file} has {size} bytes")
         return _pieces(path, start), size - start
+
+    def _place(self, name: str, shelf: Shelf, number: int) -> Path:
+        try:
+            return self._registry.bundle(name, shelf, number)
+        except IntegrityError as error:  # it names files of the server's, which are not the site's to know
+            _log.error("%s", error)
+            raise IntegrityError(f"{name}@{number}: is damaged at the server; tell its admin") from error
 
     def _shelf(self, name: str) -> Shelf:
         try:

@@ -1,28 +1,150 @@
-"""What a site is told of a version of a model, and how that is read."""
+"""What a site is told of a version of a model, how that is read, and what the site then has: over real doors."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from founded import found
+from founded import found, open_doors
 
+from consortium.client import joining, models
+from consortium.client.home import Home
 from consortium.protocol import statement
+from consortium.protocol.connection import Connection
 from consortium.protocol.delivery import Delivery, File, state, verified
-from consortium.protocol.errors import IntegrityError
+from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.messages import canonical
 from consortium.protocol.signing import DELIVERY
 from consortium.server import seal
 from consortium.server.delivery import Deliveries
+from consortium.server.federation import Federation
 from consortium.server.model import load_model
 from consortium.server.serving.registry import Registry
 
 NOW = 1_800_000_000.0
 GOOD = Delivery("toy", 1, "b", NOW, NOW + 10, {"manifest.json": File(1, "0" * 64)})
+
+
+@dataclass(frozen=True)
+class Pulling:
+    """A federation with two versions of a model, and a site of it. paths: what the site asks the server for."""
+
+    registry: Registry
+    federation: Federation
+    home: Home
+    connection: Connection
+    paths: list[str]
+
+    @property
+    def folder(self) -> Path:
+        """Where the site has the model's versions."""
+        return self.home.folder / "models" / "toy"
+
+    def again(self) -> Connection:
+        """Another connection to the server."""
+        return self.home.connection(self.home.lock())
+
+
+@pytest.fixture
+def one(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pulling]:
+    with open_doors(tmp_path / "fed") as doors:
+        federation = doors.federation
+        registry = Registry(federation.folder / "models", time.time)
+        for number in (1, 2):
+            copy = shutil.copytree(exported, tmp_path / f"version-{number}")
+            (copy / "MODEL_CARD.md").write_text(f"Version {number}.")
+            files = json.loads((copy / "manifest.json").read_bytes())["files"]
+            files["MODEL_CARD.md"] = hashlib.sha256((copy / "MODEL_CARD.md").read_bytes()).hexdigest()
+            manifest = seal.manifest(files, federation.config.name)
+            (copy / "manifest.json").write_bytes(manifest)
+            (copy / "signature.json").write_bytes(seal.signature(federation.seal(manifest)))
+            registry.register(copy, "toy", lambda place: str(load_model(place).contract["model"]))
+        registry.promote("toy", 1, "for a test", ungated=True)
+        home = joining.join(doors.code("site-1"), tmp_path / "site", environment={}).home
+        paths, real = list[str](), Connection.request
+
+        def request(self: Connection, method: str, path: str, *more: Any, **others: Any) -> Any:
+            paths.append(path.partition("?")[0])
+            return real(self, method, path, *more, **others)
+
+        monkeypatch.setattr(Connection, "request", request)
+        connection = home.connection(home.lock())
+        yield Pulling(registry, federation, home, connection, paths)
+        connection.close()
+
+
+def test_an_approval_changes_one_file_of_what_a_site_has(one: Pulling) -> None:
+    """The next pull fetches that alone, and the folder is there all the while for whoever serves from it."""
+    models.pull(one.home, one.connection, "toy")
+    place = one.folder / "1"
+    before = place.stat().st_ino, (place / "model.onnx").stat().st_ino
+    said = models.fetch(one.home, one.connection, "toy", 1)[1]
+    identity = one.home.identity(one.home.lock())
+    assert models.approve(one.home, one.connection, identity, said) == ["site-1"]
+    (place / "notes.txt").write_text("not of the model")
+    one.paths.clear()
+    models.pull(one.home, one.connection, "toy")
+    assert [path for path in one.paths if path.count("/") > 3] == ["/v1/models/toy/1/signature.json"]
+    assert (place.stat().st_ino, (place / "model.onnx").stat().st_ino) == before
+    assert seal.read(place, one.federation.root_fingerprint).approved == ("site-1",)
+    assert sorted(path.name for path in one.folder.iterdir()) == ["1", "standing.json"]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_model_that_is_withdrawn_while_it_is_fetched_is_not_used(one: Pulling, last: bool) -> None:
+    """At the first byte or after the last one: it is told why, and nothing says afterwards that it may be used."""
+
+    def withdraw(done: int, whole: int) -> None:
+        gone = one.registry.state().models["toy"].versions[0].withdrawn
+        if not gone and (done == whole or not last):
+            one.registry.withdraw("toy", 1, "wrong units")
+
+    with pytest.raises(ConsortiumError, match=r"^toy@1: was withdrawn \(wrong units\)"):
+        models.pull(one.home, one.connection, "toy", withdraw)
+    with pytest.raises(InputError, match="is not here"):
+        models.usable(one.home, "toy", time.time())
+
+
+def test_a_site_hears_of_damage_at_the_server_and_not_where(one: Pulling) -> None:
+    """Names of the server's folders are not the sites' to know."""
+    (one.registry.folder / "toy" / "1" / "notes.txt").write_text("not of the model")
+    with pytest.raises(ConsortiumError, match="is damaged at the server") as caught:
+        models.pull(one.home, one.connection, "toy")
+    assert str(one.registry.folder) not in str(caught.value)
+
+
+def test_a_pull_beside_the_agents_look_is_not_undone(one: Pulling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent keeps what the server says of the version that was used when it looked; a pull meanwhile waits."""
+    models.pull(one.home, one.connection, "toy")
+    one.registry.promote("toy", 2, "for a test", ungated=True)
+    asked, threads = models._asked, list[threading.Thread]()
+
+    def pull() -> None:
+        connection = one.again()
+        models.pull(one.home, connection, "toy")
+        connection.close()
+
+    def asking(*about: Any) -> Any:
+        found = asked(*about)
+        if not threads:
+            threads.append(threading.Thread(target=pull))
+            threads[0].start()
+            threads[0].join(1.0)
+        return found
+
+    monkeypatch.setattr(models, "_asked", asking)
+    models.check(one.home, one.connection)
+    threads[0].join(60)
+    assert models.usable(one.home, "toy", time.time()) == one.folder / "2"
 
 
 def test_a_site_is_told_the_files_that_were_registered(exported: Path, tmp_path: Path) -> None:

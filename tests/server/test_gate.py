@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import ssl
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -286,6 +287,7 @@ def test_a_site_pulls_the_champion_and_uses_it_while_that_is_right(
 
     # an interrupted pull goes on, and one that left something else is told, by file
     whole = (pulled / "model.onnx").read_bytes()
+    shutil.rmtree(homes["site-2"] / "models" / "wards" / "1")  # which it fetched to approve it
     part = homes["site-2"] / "models" / "wards" / ".1.part"
     part.mkdir(parents=True, mode=0o700)
     (part / "model.onnx").write_bytes(b"x" * 100)
