@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -196,6 +197,22 @@ def test_grpc_by_fields(served: Serving, finished: Any, rows: Any) -> None:
         grpc.StatusCode.NOT_FOUND
     )
     assert rpc.call("Nothing", b"") == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_the_images_health_check_is_answered(served: Serving) -> None:
+    """Whichever certificate is shown: it reads no file of the program's folder, where there may be none."""
+    file = Path(__file__).resolve().parents[2] / "Containerfile"
+    if not file.exists():
+        pytest.skip("only the installed package is here")
+    (text,) = re.findall(r"^HEALTHCHECK .*CMD (.*python.*)$", file.read_text(), re.M)
+    _, _, program = json.loads(text)
+    for port, code in ((served.rest[1], 0), (1, 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", program.replace(":8443/", f":{port}/")],
+            check=False,
+            stderr=subprocess.PIPE,
+        )
+        assert done.returncode == code, done.stderr
 
 
 def test_every_right_is_asked_for(served: Serving) -> None:
