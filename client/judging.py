@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -72,19 +73,27 @@ def _answers(task: Task, module: nn.Module, graph: bytes, inputs: Tensor) -> tup
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    try:
+    with _running():
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        if [one.name for one in session.get_inputs()] != [str(one["name"]) for one in takes]:
-            raise InputError("the model to judge does not take this study's inputs")
-        pieces = [session.run(None, dict(_fed(takes, piece))) for piece in inputs.split(BATCH)]
-    except InputError:
-        raise
+    if [one.name for one in session.get_inputs()] != [str(one["name"]) for one in takes]:
+        raise InputError("the model to judge does not take this study's inputs")
+    pieces = []
+    for piece in inputs.split(BATCH):
+        fed = dict(_fed(takes, piece))
+        with _running():
+            answers = [np.asarray(one) for one in session.run(None, fed)]
+        if any(one.shape[:1] != (len(piece),) or one.dtype.kind not in "fiub" for one in answers):
+            raise InputError("the model to judge does not answer each row by a number")
+        pieces.append(answers)
+    return tuple(torch.from_numpy(np.concatenate(one)) for one in zip(*pieces, strict=True))
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # onnxruntime's errors share no class
         raise InputError(f"the model to judge cannot be run ({type(error).__name__})") from error
-    joined = [np.concatenate(one) for one in zip(*pieces, strict=True)]
-    if any(len(one) != len(inputs) for one in joined):
-        raise InputError("the model to judge does not answer a row each")
-    return tuple(torch.from_numpy(one) for one in joined)
 
 
 def _fed(takes: Sequence[Mapping[str, Any]], rows: Tensor) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from consortium.client import judging
 from consortium.client.judging import check_graph, judged, shown
 from consortium.client.task import task_of
 from consortium.protocol.errors import InputError, IntegrityError
@@ -33,8 +34,8 @@ groups = ["sex"]
 """
 
 
-def graph(column: str = "x") -> bytes:
-    """A model by which whoever has a positive x is ill."""
+def graph(column: str = "x", last: str = "Softmax") -> bytes:
+    """A model by which whoever has a positive x is ill. last: the operator that gives its answers."""
     takes = [
         helper.make_tensor_value_info(column, TensorProto.FLOAT, ["batch", 1]),
         helper.make_tensor_value_info("sex", TensorProto.STRING, ["batch", 1]),
@@ -43,7 +44,7 @@ def graph(column: str = "x") -> bytes:
     nodes = [
         helper.make_node("Neg", [column], ["minus"]),
         helper.make_node("Concat", ["minus", column], ["both"], axis=1),
-        helper.make_node("Softmax", ["both"], ["probability"], axis=1),
+        helper.make_node(last, ["both"], ["probability"]),
     ]
     model = helper.make_model(
         helper.make_graph(nodes, "toy", takes, gives), opset_imports=[helper.make_opsetid("", 20)]
@@ -103,12 +104,25 @@ def test_which_cells_are_shown(persons: dict[int, int], rest: int, right: list[i
 
 
 def test_what_is_no_model_of_this_study_is_declined() -> None:
-    """Other columns, or no graph at all."""
+    """Other columns, no graph at all, or answers that are none."""
     study = Study.parse(STUDY)
     with pytest.raises(InputError, match="does not take this study's inputs"):
         judge(study, 120, None, graph("y"))
     with pytest.raises(InputError, match="cannot be run"):
         judge(study, 120, None, b"no graph")
+    with pytest.raises(InputError, match="does not answer each row"):
+        judge(study, 120, None, graph(last="Transpose"))
+
+
+def test_a_fault_of_ours_is_not_laid_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails before the model runs keeps its own name."""
+
+    def broken(takes: object, rows: object) -> object:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(judging, "_fed", broken)
+    with pytest.raises(KeyError, match="ours"):
+        judge(Study.parse(STUDY), 120, None)
 
 
 def test_other_bytes_than_the_instruction_names_are_refused() -> None:
