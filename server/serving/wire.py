@@ -125,8 +125,16 @@ def _no_constant(name: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
-compact = msgspec.json.Encoder().encode
-"""A document as JSON without blanks, in UTF-8."""
+_ENCODER = msgspec.json.Encoder()
+
+
+def compact(document: Mapping[str, Any]) -> bytes:
+    """A document as JSON without blanks, in UTF-8; a text of a stranger's that UTF-8 has not (half a surrogate pair)
+    stands as it came, escaped."""
+    try:
+        return _ENCODER.encode(document)
+    except UnicodeEncodeError:
+        return json.dumps(document, separators=(",", ":")).encode()
 
 
 _Whole = Annotated[int, msgspec.Meta(ge=0, lt=2**40)]

@@ -194,3 +194,11 @@ def test_the_quick_way_to_read_a_request_reads_what_the_slow_one_reads(content: 
         return asked.id, [tuple(one)[:4] for one in asked.given], asked.outputs, asked.binary
 
     assert read(None) == read(str(len(content.encode())))
+
+
+def test_half_a_surrogate_pair_comes_back_as_it_went_in() -> None:
+    """JSON may hold it, UTF-8 may not: an id with one is answered, and no fault of ours."""
+    body = json.dumps({"id": "\ud800", "inputs": [], "parameters": {"x": "\ud800"}}).encode()
+    asked = wire.parse(body, None)
+    content, _ = wire.answer({"p": np.zeros((1, 2))}, asked, {"id": asked.id})
+    assert json.loads(content)["id"] == "\ud800"
