@@ -160,6 +160,7 @@ def _put(folder: Path, said: Delivery) -> Path:
     """Put what was fetched into the version's folder, file by file: whoever uses that finds it at every moment."""
     place, part = folder / str(said.version), _part(folder, said)
     if not place.is_dir():
+        sync_folder(part)
         part.rename(place)
     else:
         for path in part.iterdir():

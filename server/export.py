@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from consortium.privacy.mechanisms import RESERVED
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
+from consortium.protocol.files import sync_folder
 from consortium.protocol.layout import Segment, Vector, digest_of
 from consortium.protocol.messages import Statistics
 from consortium.server import card, lineage, seal
@@ -282,7 +283,9 @@ def place(files: Mapping[str, Content], destination: Path) -> None:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
+            sync_folder(partial)
             partial.rename(destination)
+            sync_folder(destination.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:

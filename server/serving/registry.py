@@ -386,6 +386,7 @@ def _copy(bundle: Path, copy: Path) -> None:
     for path in copy.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+    sync_folder(copy)
 
 
 def _document(state: State) -> bytes:

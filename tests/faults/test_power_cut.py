@@ -25,13 +25,15 @@ from consortium.protocol.layout import Array, Segment
 from consortium.protocol.messages import Answer, Instruction, Payload, encode
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.signing import ANSWER, raw, sign
-from consortium.server import checkpoint
+from consortium.server import checkpoint, seal
 from consortium.server.archive import Archive
 from consortium.server.coordinator import run
+from consortium.server.export import place
 from consortium.server.kept_answers import KeptAnswers
 from consortium.server.link import nameless
 from consortium.server.offers import Offer, Received, Spooled
 from consortium.server.records import Outcome, Plan, RunState
+from consortium.server.serving.registry import Registry
 from consortium.server.store import Store
 from consortium.strategies.named import fedadam
 
@@ -257,8 +259,40 @@ def written(folder: Path) -> object:
     return path.read_bytes() if path.exists() else None
 
 
+def export_bundle(folder: Path) -> None:
+    place({"contract.json": b"{}", "model.onnx": b"graph"}, folder / "model")
+
+
+def exported(folder: Path) -> object:
+    found = folder / "model"
+    return {path.name: path.read_bytes() for path in found.iterdir()} if found.exists() else None
+
+
+def register(folder: Path) -> None:
+    bundle = private_folder(folder.with_name(f"{folder.name}-bundle"))
+    (bundle / "contract.json").write_bytes(b"{}")
+    (bundle / "manifest.json").write_bytes(seal.manifest({"contract.json": "0" * 64}, None))
+    Registry(folder / "models", lambda: 2e9, "test").register(bundle, "m", lambda copy: "model")
+
+
+def registered(folder: Path) -> object:
+    registry = Registry(folder / "models", lambda: 2e9)
+    if not (folder / "models" / "registry.json").exists():
+        return None
+    shelf = registry.state().models["m"]
+    return sorted(path.name for path in registry.bundle("m", shelf, 1).iterdir())
+
+
+DURABLE = [
+    (accept, accepted, Place(2, 0)),
+    (write, written, b"new"),
+    (export_bundle, exported, {"contract.json": b"{}", "model.onnx": b"graph"}),
+    (register, registered, ["contract.json", "manifest.json"]),
+]
+
+
 @pytest.mark.parametrize("how", ["fails", "torn", "cut"])
-@pytest.mark.parametrize(("do", "look", "after"), [(accept, accepted, Place(2, 0)), (write, written, b"new")])
+@pytest.mark.parametrize(("do", "look", "after"), DURABLE)
 def test_a_private_file_is_replaced_or_not(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -267,8 +301,8 @@ def test_a_private_file_is_replaced_or_not(
     look: Callable[[Path], object],
     after: object,
 ) -> None:
-    """What was asked of a site last, and any small file: the one before or the new one, and the new one once it was
-    said to be there, in a new folder too."""
+    """What was asked of a site last, any small file, a bundle, a version of a registry: the one before or the new one,
+    and the new one once it was said to be there, in a new folder too."""
     for at in range(40):
         folder = private_folder(tmp_path / f"{at}")
         if do is accept:
