@@ -63,12 +63,19 @@ def checked_url(text: str, key: str) -> URL:
         # The text itself is not repeated: it may hold a password.
         right = "dialect://user@host/database would be right, or env:NAME or file:PATH that holds it"
         raise InputError(f"{key}: is not a database URL; {right}") from error
-    if url.password is not None or any(word in option.lower() for option in url.query for word in _SECRETS):
+    if holds_password(url):
         right = (
             'take it out, and use the database\'s own file (pgpass), or password = "env:NAME" or "file:PATH"'
         )
         raise InputError(f"{key}: holds a password; {right}")
     return url
+
+
+def holds_password(url: URL) -> bool:
+    """Whether a URL says a password, in its own place or as an option."""
+    return url.password is not None or any(
+        word in option.lower() for option in url.query for word in _SECRETS
+    )
 
 
 @contextmanager

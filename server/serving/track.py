@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.server import seal
@@ -56,8 +55,7 @@ def record(uri: str, folder: Path, name: str) -> str:
         InputError: MLflow is not installed, or the URI holds a password or is none.
         ConsortiumError: MLflow refuses, or cannot be reached.
     """
-    if urlsplit(uri).password is not None:
-        raise InputError("--track: holds a password; MLflow takes it from MLFLOW_TRACKING_PASSWORD or _TOKEN")
+    _refuse_password(uri)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         from mlflow import MlflowClient
@@ -74,6 +72,21 @@ def record(uri: str, folder: Path, name: str) -> str:
         said = (str(error).splitlines() or [""])[0][:300]
         why = f"{type(error).__name__}: {said}"
         raise ConsortiumError(f"--track: MLflow refused ({why}); nothing was registered") from error
+
+
+def _refuse_password(uri: str) -> None:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    from consortium.protocol.database import holds_password
+
+    try:
+        held = "://" in uri and holds_password(make_url(uri))
+    except (ArgumentError, ValueError) as error:
+        right = "sqlite:///track.db or https://mlflow.example.org would be right"
+        raise InputError(f"--track: is no address of a registry of MLflow's; {right}") from error
+    if held:
+        raise InputError("--track: holds a password; MLflow takes it from MLFLOW_TRACKING_PASSWORD or _TOKEN")
 
 
 def _version(client: Any, folder: Path, name: str, found: Mapping[str, str]) -> str:

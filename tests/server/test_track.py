@@ -57,10 +57,25 @@ def test_a_password_in_the_address_and_a_missing_mlflow_are_wrong_input(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit 2; the password is not repeated, what to type is said, and nothing is registered."""
-    with pytest.raises(InputError, match="holds a password") as caught:
-        track.record("https://me:hunter2@mlflow.example.org", exported, "toy")
-    assert "hunter2" not in str(caught.value)
+    for wrong, said in (
+        ("https://me:hunter2@mlflow.example.org", "holds a password"),
+        ("postgresql://me@host/track?password=hunter2", "holds a password"),
+        ("https://hunter2@[::1", "is no address"),
+        ("https://host:hunter2/", "is no address"),
+    ):
+        with pytest.raises(InputError, match=f"--track: {said}") as caught:
+            track.record(wrong, exported, "toy")
+        assert "hunter2" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "mlflow", None)
+    for right in (
+        "https://mlflow.example.org",
+        "databricks",
+        "databricks://profile",
+        "file:///srv/track",
+        "./mlruns",
+    ):
+        with pytest.raises(InputError, match="is not installed"):
+            track.record(right, exported, "toy")
     uri = f"sqlite:///{tmp_path / 'track.db'}"
     assert register(exported, "--registry", tmp_path / "models", "--track", uri) == 2
     assert "pip install 'consortium[track]'" in capsys.readouterr().err
