@@ -79,22 +79,22 @@ def serve(
         unsigned=unsigned,
     )
 
-    def ready(about: dict[str, Any]) -> None:
-        if as_json:
-            typer.echo(json.dumps(about))
-            return
-        for name, version in about["models"].items():
-            typer.echo(
-                f"{name}: " + (f"version {version}" if version else "no version is served; promote one")
-            )
-        typer.echo(f"REST   {about['rest']}")
-        if about["grpc"]:
-            typer.echo(f"gRPC   {about['grpc']}")
-        if cert is None:
-            typer.echo(f"root   {folder / 'root.pem'}, which callers trust")
-        sys.stdout.flush()
+    run(settings, lambda about: _tell(about, None if cert is not None else folder / "root.pem", as_json))
 
-    run(settings, ready)
+
+def _tell(about: dict[str, Any], root: Path | None, as_json: bool) -> None:
+    """Say what is served, and where. root: of the certificate that was made here."""
+    if as_json:
+        typer.echo(json.dumps(about))
+        return
+    for name, version in about["models"].items():
+        typer.echo(f"{name}: " + (f"version {version}" if version else "no version is served; promote one"))
+    typer.echo(f"REST   {about['rest']}")
+    if about["grpc"]:
+        typer.echo(f"gRPC   {about['grpc']}")
+    if root is not None:
+        typer.echo(f"root   {root}, which callers trust")
+    sys.stdout.flush()
 
 
 def export(
