@@ -15,7 +15,8 @@ from consortium.protocol.wire import CHUNK
 from consortium.server import seal, vouching
 from consortium.server.federation import Federation
 from consortium.server.serving import gate_file
-from consortium.server.serving.registry import Registry, Shelf
+from consortium.server.serving.registry import Registry
+from consortium.server.serving.versions import Shelf
 
 _log = logging.getLogger(__name__)
 

@@ -34,8 +34,9 @@ from consortium.server.serving.bounded import BoundedProtocol, cut_off_late
 from consortium.server.serving.counters import Counters
 from consortium.server.serving.desk import Desk
 from consortium.server.serving.engine import Engine, Loaded, Offered
-from consortium.server.serving.registry import Registry, Shelf
+from consortium.server.serving.registry import Registry
 from consortium.server.serving.service import Service
+from consortium.server.serving.versions import Shelf
 
 LOOK_EVERY = 0.2
 """Seconds between two looks at the registry and the tokens."""

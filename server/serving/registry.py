@@ -12,129 +12,23 @@ from __future__ import annotations
 
 import fcntl
 import getpass
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from consortium.protocol.delivery import MODEL_NAME
-from consortium.protocol.errors import InputError, IntegrityError, RefusedError, nearest
+from consortium.protocol.errors import InputError, IntegrityError, nearest
 from consortium.protocol.files import private_folder, sync_folder, write_private
 from consortium.server import seal, vouching
-from consortium.server.serving import gate_file
+from consortium.server.serving import gate_file, versions
+from consortium.server.serving.versions import CANDIDATE, CHAMPION, Act, Shelf, State, Version
 
-FORMAT = 1
 STATE = "registry.json"
-CHAMPION, CANDIDATE = "champion", "candidate"
 _LOCK = ".lock"
-
-
-@dataclass(frozen=True)
-class Version:
-    """One registered bundle. bundle: the SHA-256 of its manifest; model: its model's digest. why: it was withdrawn."""
-
-    number: int
-    bundle: str
-    model: str
-    registered: float
-    withdrawn: bool = False
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Shelf:
-    """The versions of one model, oldest first. before: champions of before, the latest last."""
-
-    versions: tuple[Version, ...] = ()
-    champion: int | None = None
-    candidate: int | None = None
-    before: tuple[int, ...] = ()
-
-    def version(self, number: int) -> Version | None:
-        """The version of that number."""
-        return next((one for one in self.versions if one.number == number), None)
-
-
-@dataclass(frozen=True)
-class Act:
-    """Something that was done. version: the number that is meant, or that became the champion."""
-
-    at: float
-    act: str
-    model: str
-    version: int
-    by: str
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class State:
-    """All of a registry but the bundles."""
-
-    models: Mapping[str, Shelf] = field(default_factory=dict)
-    history: tuple[Act, ...] = ()
-
-
-# What an act makes of a state. Pure.
-
-
-def registered(shelf: Shelf, bundle: str, model: str, at: float) -> Shelf:
-    """One more version, which is the candidate now."""
-    for one in shelf.versions:
-        if one.bundle == bundle:
-            gone = f", withdrawn: {one.why}" if one.withdrawn else ""
-            raise RefusedError(f"version {one.number} is this very bundle already{gone}; export another run")
-    number = len(shelf.versions) + 1
-    return replace(shelf, versions=(*shelf.versions, Version(number, bundle, model, at)), candidate=number)
-
-
-def promoted(shelf: Shelf, number: int | None) -> Shelf:
-    """A version, the candidate where none is named, is the champion."""
-    number = shelf.candidate if number is None else number
-    if number is None:
-        raise InputError("there is no candidate; name a version: NAME@2")
-    version = shelf.version(number)
-    if version is None:
-        raise InputError(f"there is no version {number}; there are {len(shelf.versions)}")
-    if version.withdrawn:
-        raise RefusedError(f"version {number} was withdrawn ({version.why}); promote another one")
-    if number == shelf.champion:
-        return replace(shelf, candidate=None if shelf.candidate == number else shelf.candidate)
-    before = shelf.before if shelf.champion is None else (*shelf.before, shelf.champion)
-    candidate = None if shelf.candidate == number else shelf.candidate
-    return replace(shelf, champion=number, candidate=candidate, before=before)
-
-
-def rolled_back(shelf: Shelf) -> Shelf:
-    """The champion of before is champion again; the one of now stays as candidate."""
-    others = [n for n in shelf.before if n != shelf.champion]  # it may have been champion before, too
-    sound = [n for n in others if (found := shelf.version(n)) and not found.withdrawn]
-    if not sound:
-        raise RefusedError("there is no champion of before to go back to; promote a version: NAME@1")
-    return replace(shelf, champion=sound[-1], candidate=shelf.champion, before=tuple(sound[:-1]))
-
-
-def withdrawn(shelf: Shelf, number: int, why: str) -> Shelf:
-    """A version is out of use for good, under whatever alias."""
-    if shelf.version(number) is None:
-        raise InputError(f"there is no version {number}; there are {len(shelf.versions)}")
-    versions = tuple(
-        replace(one, withdrawn=True, why=why) if one.number == number and not one.withdrawn else one
-        for one in shelf.versions
-    )
-    champion = None if shelf.champion == number else shelf.champion
-    candidate = None if shelf.candidate == number else shelf.candidate
-    before = tuple(one for one in shelf.before if one != number)
-    return Shelf(versions, champion, candidate, before)
-
-
-# The folder
 
 
 class Registry:
@@ -153,7 +47,7 @@ class Registry:
         """
         path = self.folder / STATE
         try:
-            return _parsed(path.read_bytes())
+            return versions.parsed(path.read_bytes())
         except FileNotFoundError as error:
             raise InputError(
                 f"{self.folder}: is no registry of models (no {STATE}); it begins with the first: "
@@ -187,7 +81,7 @@ class Registry:
                 _copy(bundle, copy)
                 model = check(copy)
                 digest = seal.read(copy).digest
-                shelf = registered(state.models.get(name, Shelf()), digest, model, self._clock())
+                shelf = versions.registered(state.models.get(name, Shelf()), digest, model, self._clock())
                 number = shelf.versions[-1].number
                 place = private_folder(self.folder / name) / str(number)
                 shutil.rmtree(place, ignore_errors=True)  # of an interrupted call: no state names it
@@ -199,8 +93,8 @@ class Registry:
         return shelf.versions[-1]
 
     def promote(self, name: str, number: int | None, why: str = "", ungated: bool = False) -> Shelf:
-        """See `promoted`. The version's bundle is looked at first, and in a federation's registry its gate, unless
-        `ungated`, which needs a reason.
+        """See `versions.promoted`. The version's bundle is looked at first, and in a federation's registry its gate,
+        unless `ungated`, which needs a reason.
 
         Raises:
             InputError, RefusedError, IntegrityError: there is none such, it was withdrawn, did not pass its gate, or is
@@ -210,7 +104,7 @@ class Registry:
             raise InputError("--why: whoever promotes a version past its gate says why")
         with self._changing() as state:
             before = _shelf(state, name)
-            shelf = promoted(before, number)
+            shelf = versions.promoted(before, number)
             assert shelf.champion is not None
             place = self.bundle(name, shelf, shelf.champion)
             seal.check_approved(place, seal.read(place))
@@ -266,15 +160,15 @@ class Registry:
             self._keep(state, name, _shelf(state, name), "gate", number, what)
 
     def rollback(self, name: str, why: str = "") -> Shelf:
-        """See `rolled_back`. Raises RefusedError where there was no champion before."""
+        """See `versions.rolled_back`. Raises RefusedError where there was no champion before."""
         with self._changing() as state:
-            shelf = rolled_back(_shelf(state, name))
+            shelf = versions.rolled_back(_shelf(state, name))
             assert shelf.champion is not None
             self.bundle(name, shelf, shelf.champion)
             return self._keep(state, name, shelf, "rollback", shelf.champion, why)
 
     def withdraw(self, name: str, number: int, why: str) -> Shelf:
-        """See `withdrawn`. The bundle itself says so first, so that no crash leaves it in use.
+        """See `versions.withdrawn`. The bundle itself says so first, so that no crash leaves it in use.
 
         Raises:
             InputError: there is no such version, or no reason is given.
@@ -282,8 +176,8 @@ class Registry:
         if not why.strip():
             raise InputError("--why: a withdrawal says why; whoever still asks for the model is told")
         with self._changing() as state:
-            shelf = withdrawn(_shelf(state, name), number, why)
-            marker = json.dumps({"format": FORMAT, "why": why, "at": self._clock()}).encode()
+            shelf = versions.withdrawn(_shelf(state, name), number, why)
+            marker = json.dumps({"format": seal.FORMAT, "why": why, "at": self._clock()}).encode()
             write_private(self.folder / name / str(number) / seal.WITHDRAWN, marker)
             return self._keep(state, name, shelf, "withdraw", number, why)
 
@@ -335,7 +229,7 @@ class Registry:
 
     def _keep(self, state: State, name: str, shelf: Shelf, act: str, number: int, why: str = "") -> Shelf:
         done = Act(self._clock(), act, name, number, self._by or getpass.getuser(), why)
-        document = _document(State({**state.models, name: shelf}, (*state.history, done)))
+        document = versions.document(State({**state.models, name: shelf}, (*state.history, done)))
         write_private(self.folder / STATE, document)
         return shelf
 
@@ -387,63 +281,3 @@ def _copy(bundle: Path, copy: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(copy)
-
-
-def _document(state: State) -> bytes:
-    models = {name: asdict(shelf) for name, shelf in state.models.items()}
-    document = {"format": FORMAT, "models": models, "history": [asdict(one) for one in state.history]}
-    return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _parsed(content: bytes) -> State:
-    document = json.loads(content)
-    if document["format"] != FORMAT:
-        raise ValueError("format")
-    models = {name: _parsed_shelf(one) for name, one in document["models"].items()}
-    return State(models, tuple(Act(**one) for one in document["history"]))
-
-
-def _parsed_shelf(document: Mapping[str, Any]) -> Shelf:
-    versions: Sequence[Mapping[str, Any]] = document["versions"]
-    return Shelf(
-        tuple(Version(**one) for one in versions),
-        document["champion"],
-        document["candidate"],
-        tuple(document["before"]),
-    )
-
-
-def affected_by(registry: Registry, site: str) -> list[dict[str, Any]]:
-    """The versions that hold updates of a site: name, version, aliases, withdrawn, and the rounds in which it counted.
-
-    Raises:
-        IntegrityError: a version's lineage is not what was registered.
-    """
-    found = []
-    for name, shelf in sorted(registry.state().models.items()):
-        for version in shelf.versions:
-            lineage = _lineage(registry.folder / name / str(version.number), version)
-            rounds = [
-                one["round"]
-                for one in lineage["rounds"]
-                if site in one["sites"] and not one["void"] and one["round"] > 0
-            ]
-            if site in lineage["sites"]:
-                aliases = [a for a in (CHAMPION, CANDIDATE) if getattr(shelf, a) == version.number]
-                about = {"name": name, "version": version.number, "withdrawn": version.withdrawn}
-                found.append({**about, "aliases": aliases, "rounds": rounds})
-    return found
-
-
-def _lineage(place: Path, version: Version) -> dict[str, Any]:
-    """The lineage in a registered bundle, withdrawn or not, by the digest that the registry keeps."""
-    path = place / "lineage.json"
-    try:
-        manifest, content = (place / seal.MANIFEST).read_bytes(), path.read_bytes()
-        listed = json.loads(manifest)["files"]["lineage.json"]
-        sound = hashlib.sha256(manifest).hexdigest() == version.bundle
-        if not sound or hashlib.sha256(content).hexdigest() != listed:
-            raise IntegrityError(f"{path}: is not what was registered; restore it from a backup")
-        return dict(json.loads(content))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path}: cannot be read or is damaged; restore it from a backup") from error

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from consortium.server.serving.registry import Registry, Shelf
+    from consortium.server.serving.registry import Registry
+    from consortium.server.serving.versions import Shelf
 
 Folder = Annotated[Path, typer.Option("--registry", help="The registry's folder.")]
 Which = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="A model, or one version of it.")]
@@ -159,7 +160,7 @@ def affected_by(
 
     Example: consortium model affected-by hospital-2 --registry models
     """
-    from consortium.server.serving.registry import affected_by as ask
+    from consortium.server.serving.affected import affected_by as ask
 
     found = ask(_registry(registry), site)
     if as_json:

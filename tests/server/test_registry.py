@@ -14,15 +14,8 @@ from consortium.protocol import cli
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
 from consortium.server import load_model, seal
 from consortium.server.serving import registry as module
-from consortium.server.serving.registry import (
-    Registry,
-    Shelf,
-    locate,
-    promoted,
-    registered,
-    rolled_back,
-    withdrawn,
-)
+from consortium.server.serving.registry import Registry, locate
+from consortium.server.serving.versions import Shelf, promoted, registered, rolled_back, withdrawn
 
 
 def variant(exported: Path, folder: Path, number: int) -> Path:

@@ -15,7 +15,8 @@ from consortium.protocol import cli
 from consortium.protocol.errors import InputError
 from consortium.server import load_model
 from consortium.server.records import Round
-from consortium.server.serving.registry import Registry, affected_by
+from consortium.server.serving.affected import affected_by
+from consortium.server.serving.registry import Registry
 from consortium.server.serving.scale_out import kserve_service, label
 
 PARSES = """

@@ -20,7 +20,8 @@ from consortium.server.export import export
 from consortium.server.federation import Federation
 from consortium.server.model import load_model
 from consortium.server.records import Plan
-from consortium.server.serving.registry import Registry, Version
+from consortium.server.serving.registry import Registry
+from consortium.server.serving.versions import Version
 from consortium.simulations.simulation import simulate
 from consortium.strategies.chosen import strategy_of
 
