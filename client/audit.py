@@ -22,6 +22,8 @@ from consortium.protocol.heads import APPROVALS, AUDIT, LEDGER
 from consortium.protocol.messages import Instruction
 from consortium.protocol.signing import fingerprint
 
+Note = Callable[[str, Mapping[str, Any]], object]
+"""Writes an entry into the site's audit log: its kind and its body; it is durable when it returns."""
 LONGEST = 500
 """Characters of an error's text that are kept."""
 

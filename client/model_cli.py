@@ -43,11 +43,14 @@ def pull(name: Name, folder: Folder, as_json: Json = False) -> None:
     Example: consortium client model pull lung --dir site
     """
     from consortium.client import models
+    from consortium.client.audit import site_audit
 
     home = home_in(folder)
-    connection = home.connection(home.lock())
+    lock = home.lock()
+    note = site_audit(home, home.identity(lock)).note
+    connection = home.connection(lock)
     try:
-        said = models.pull(home, connection, name, _shown if sys.stderr.isatty() else lambda *_: None)
+        said = models.pull(home, connection, name, note, _shown if sys.stderr.isatty() else lambda *_: None)
     finally:
         connection.close()
     place = models.folder_of(home, name) / str(said.version)
@@ -167,13 +170,15 @@ def approve(
     Example: consortium client model approve lung --dir site
     """
     from consortium.client import models
+    from consortium.client.audit import site_audit
 
     home = home_in(folder)
     lock = home.lock()
+    key = home.identity(lock)
     connection = home.connection(lock)
     try:
         _, said = models.fetch(home, connection, name, version)
-        approved = models.approve(home, connection, home.identity(lock), said)
+        approved = models.approve(home, connection, key, said, site_audit(home, key).note)
     finally:
         connection.close()
     if as_json:

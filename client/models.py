@@ -5,7 +5,8 @@
     models/NAME/.2.part/        a pull that was interrupted; the next one goes on from there
 
 Nothing of a bundle is parsed here: every byte is compared with the server's signed statement. Whoever opens a bundle
-then (`consortium model ...`, a program of its own) verifies its own signature.
+then (`consortium model ...`, a program of its own) verifies its own signature. What is pulled, approved, and heard to
+be withdrawn is in the site's audit log before it counts.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from consortium.client.audit import LONGEST, Note
 from consortium.client.home import Home
 from consortium.protocol import wire
 from consortium.protocol.connection import Connection, StatusError
@@ -50,11 +52,15 @@ def folder_of(home: Home, name: str) -> Path:
 
 
 def pull(
-    home: Home, connection: Connection, name: str, progress: Callable[[int, int], None] = lambda *_: None
+    home: Home,
+    connection: Connection,
+    name: str,
+    note: Note,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Delivery:
     """Fetch the champion of a model, unless it is here; what an interrupted pull left is used.
 
-    progress: is told how many bytes of how many are here.
+    progress: is told how many bytes of how many are here. note: writes to the audit log.
 
     Raises:
         InputError: there is no such model; StatusError and the like: the server cannot be reached.
@@ -67,8 +73,13 @@ def pull(
         document, now = _asked(home, connection, name, said.version)
         _refuse_withdrawn(now)
         _put(folder, said)
+        note("pulled", _about(now))
         write_private(folder / STANDING, json.dumps(document).encode())
     return now
+
+
+def _about(said: Delivery) -> dict[str, Any]:
+    return {"model": said.model, "version": said.version, "bundle": said.bundle}
 
 
 def fetch(home: Home, connection: Connection, name: str, version: int) -> tuple[Path, Delivery]:
@@ -82,10 +93,13 @@ def fetch(home: Home, connection: Connection, name: str, version: int) -> tuple[
         return _put(folder, said), said
 
 
-def approve(home: Home, connection: Connection, key: Ed25519PrivateKey, said: Delivery) -> list[str]:
+def approve(
+    home: Home, connection: Connection, key: Ed25519PrivateKey, said: Delivery, note: Note
+) -> list[str]:
     """Sign a version with the site's identity key, and tell the server; the sites that have approved it then."""
     config = home.config
     text = approval(config.federation, config.site, said.bundle)
+    note("model approved", _about(said))
     signature = sign(key, APPROVAL, text).hex()
     about = {"name": said.model, "version": said.version, "signature": signature}
     document = connection.request("POST", wire.MODEL_APPROVALS, {"format": wire.FORMAT, **about}).document()
@@ -257,8 +271,10 @@ def usable(home: Home, name: str, now: float) -> Path:
     return place
 
 
-def check(home: Home, connection: Connection) -> None:
+def check(home: Home, connection: Connection, note: Note) -> None:
     """Ask the server about every version that is used here, and keep what it says; a withdrawn one is marked so.
+
+    note: writes to the audit log that one was.
 
     Raises:
         ConsortiumError: the server cannot be reached.
@@ -266,18 +282,20 @@ def check(home: Home, connection: Connection) -> None:
     for path in sorted((home.folder / "models").glob(f"*/{STANDING}")):
         try:
             with alone(path.parent):
-                _check(home, connection, path.parent)
+                _check(home, connection, path.parent, note)
         except (InputError, IntegrityError) as error:  # it costs this model alone
             _log.error("model %s: %s", path.parent.name, error)
 
 
-def _check(home: Home, connection: Connection, folder: Path) -> None:
+def _check(home: Home, connection: Connection, folder: Path, note: Note) -> None:
     name = folder.name
     before = standing(home, name)
     document, said = _asked(home, connection, name, before.version)
     if (said.version, said.bundle) != (before.version, before.bundle):
         raise IntegrityError(f"the server's version {before.version} is another bundle now")
     if said.withdrawn:
+        if not before.withdrawn:
+            note("withdrawn", _about(said) | {"why": said.withdrawn[:LONGEST]})
         _withdraw(folder / str(said.version), said)
     write_private(folder / STANDING, json.dumps(document).encode())
     if said.withdrawn and not before.withdrawn:

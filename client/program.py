@@ -67,7 +67,7 @@ def run(home: Home) -> None:
             renew=renew,
             others={LEDGER: charges.ledger, APPROVALS: Decisions(approvals, key)},
             studies=lambda connection: follow(connection, home, key, approvals, time.time()),
-            models=lambda connection: models.check(home, connection),
+            models=lambda connection: models.check(home, connection, log.note),
         )
         control = Control(home.socket, _calls(agent, home))
         _log.info(

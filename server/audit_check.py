@@ -16,6 +16,10 @@ from consortium.protocol.signing import public_key
 from consortium.server.audit import restores, verify
 from consortium.server.federation import DATABASE, Federation
 from consortium.server.heads import witnessed
+from consortium.server.serving import acts
+from consortium.server.serving.gate_file import MODELS
+from consortium.server.serving.registry import STATE, Registry
+from consortium.server.serving.versions import State
 from consortium.server.store import Store
 
 LOOKS, PAUSE = 5, 0.2
@@ -24,12 +28,14 @@ LOOKS, PAUSE = 5, 0.2
 
 @dataclass(frozen=True)
 class Checked:
-    """head: of the log. events, decisions: how many agree. sites: what each has countersigned of the log."""
+    """head: of the log. events, decisions, acts: how many agree; acts are those on the federation's registry of models.
+    sites: what each has countersigned of the log."""
 
     head: Head
     events: int
     decisions: int
     sites: Mapping[str, Head]
+    acts: int
 
 
 def check(federation: Federation) -> Checked:
@@ -42,9 +48,21 @@ def check(federation: Federation) -> Checked:
     try:
         sites = witnessed(store, federation, restores(federation))
         head = verify(federation, list(sites.values()))
-        return Checked(head, _events(store, federation), _decisions(store, federation.config.name), sites)
+        decisions = _decisions(store, federation.config.name)
+        return Checked(head, _events(store, federation), decisions, sites, _acts(federation))
     finally:
         store.close()
+
+
+def _acts(federation: Federation) -> int:
+    """How many acts on the federation's registry stand in the log as they do there."""
+    registry = Registry(federation.folder / MODELS, time.time)
+    name = name_at_server(federation.config.name, federation.root_fingerprint)
+    files = audit.segments(federation.folder / FOLDER)
+    if not registry.folder.is_dir():
+        return acts.check(registry.folder / STATE, State(), chain.entries(files, name))
+    with registry.held(new=True) as state:  # so that no act is in the log alone because it is under way
+        return acts.check(registry.folder / STATE, state, chain.entries(files, name))
 
 
 Decision = tuple[str, int, str]

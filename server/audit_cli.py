@@ -65,7 +65,8 @@ def show(
 @audit.command()
 def verify(folder: NewFolder, as_json: Json = False) -> None:
     """Check every entry of the server's log, that it has what the sites have countersigned, that it agrees with the
-    database, and every decision of a site. Exit code 4 where one is not as it was written, or is missing.
+    database and the registry of models, and every decision of a site. Exit code 4 where one is not as it was
+    written, or is missing.
 
     Example: consortium server audit verify --dir fed
     """
@@ -76,12 +77,14 @@ def verify(folder: NewFolder, as_json: Json = False) -> None:
     if as_json:
         said = {"entries": found.head.sequence, "head": found.head.text, "events": found.events}
         sites = {site: head.text for site, head in found.sites.items()}
-        typer.echo(json.dumps({**said, "decisions": found.decisions, "countersigned": sites}))
+        typer.echo(
+            json.dumps({**said, "decisions": found.decisions, "acts": found.acts, "countersigned": sites})
+        )
         return
     by = ", ".join(f"{site} up to {head.sequence}" for site, head in found.sites.items())
     typer.echo(
-        f"sound: {found.head.sequence} entries, {found.events} events, {found.decisions} decisions; countersigned by "
-        f"{by or 'nobody yet'}"
+        f"sound: {found.head.sequence} entries, {found.events} events, {found.decisions} decisions, {found.acts} acts "
+        f"on models; countersigned by {by or 'nobody yet'}"
     )
 
 

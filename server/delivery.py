@@ -15,6 +15,7 @@ from consortium.protocol.wire import CHUNK
 from consortium.server import seal, vouching
 from consortium.server.federation import Federation
 from consortium.server.serving import gate_file
+from consortium.server.serving.acts import Note
 from consortium.server.serving.registry import Registry
 from consortium.server.serving.versions import Shelf
 
@@ -22,11 +23,14 @@ _log = logging.getLogger(__name__)
 
 
 class Deliveries:
-    """Over a federation's registry; for any number of threads. clock: seconds since the epoch."""
+    """Over a federation's registry; for any number of threads. clock: seconds since the epoch. note: writes to the
+    server's audit log."""
 
-    def __init__(self, federation: Federation, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, federation: Federation, clock: Callable[[], float] = time.time, note: Note | None = None
+    ) -> None:
         self._federation, self._clock = federation, clock
-        self._registry = Registry(federation.folder / gate_file.MODELS, clock, "the site door")
+        self._registry = Registry(federation.folder / gate_file.MODELS, clock, "the site door", note)
 
     def number(self) -> int:
         """Another after every act on the registry; 0 where there is none."""

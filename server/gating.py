@@ -40,6 +40,7 @@ from consortium.server.federation import Federation
 from consortium.server.model import ONNX, verified
 from consortium.server.offers import Received
 from consortium.server.serving import gate_file
+from consortium.server.serving.acts import Note
 from consortium.server.serving.registry import Registry
 
 RUN = "gate/"
@@ -76,7 +77,7 @@ class Stand:
 
 
 class Gates:
-    """For any number of threads; one gate at a time."""
+    """For any number of threads; one gate at a time. note: writes to the server's audit log."""
 
     def __init__(
         self,
@@ -84,9 +85,10 @@ class Gates:
         archive: Archive,
         exchange: Exchange,
         clock: Callable[[], float] = time.time,
+        note: Note | None = None,
     ) -> None:
         self._federation, self._archive, self._exchange, self._clock = federation, archive, exchange, clock
-        self._registry = Registry(federation.folder / gate_file.MODELS, clock)
+        self._registry = Registry(federation.folder / gate_file.MODELS, clock, note=note)
         self._lock = threading.Lock()
         self._stands: dict[str, Stand] = {}
 
@@ -196,9 +198,7 @@ class Gates:
             "why": why,
             "at": self._clock(),
         }
-        path = gate_file.place(self._registry.folder, name, candidate.number)
-        gate_file.write(path, result, self._federation.seal)
-        self._registry.gated(name, candidate.number, "passed" if not why else why[0])
+        self._registry.gated(name, candidate.number, result, self._federation.seal)
         return Stand(name, candidate.number, "passed" if not why else "refused", result)
 
     def _judged(

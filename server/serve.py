@@ -84,9 +84,11 @@ class Server:
         self.logs = SiteLogs(self.store, federation, self.audit.log, self.approvals, self.note)
         self.archive.kept_with, self.audit.site_head = self.logs.keep_with, self._site_head
         self.runs = Runs(self.archive, self.exchange, folder, name, seal=self._seal, approvals=self.approvals)
-        self.gates = Gates(federation, self.archive, self.exchange)
+        self.gates = Gates(federation, self.archive, self.exchange, note=self.note)
         config = federation.config
-        site_door = SiteDoor(federation, self.roster, self.archive, self.exchange, self.approvals, self.logs)
+        site_door = SiteDoor(
+            federation, self.roster, self.archive, self.exchange, self.approvals, self.logs, self.note
+        )
         self.site_door = Listener(
             config.bind, config.port, federation.site_context, site_door.handle, Caps(), self._admit
         )

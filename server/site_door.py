@@ -37,6 +37,7 @@ from consortium.server.heads import SiteLogs
 from consortium.server.listener import PeerGone, Request, Response, error_response, json_response
 from consortium.server.offers import Offer, Received, Spooled
 from consortium.server.roster import Roster
+from consortium.server.serving.acts import Note
 
 MOST_DECIDED = 4 << 20
 """Bytes of a request with a site's decisions."""
@@ -47,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 class SiteDoor:
-    """Answers the requests of sites. logs: what is known of theirs."""
+    """Answers the requests of sites. logs: what is known of theirs. note: writes to the server's audit log."""
 
     def __init__(
         self,
@@ -57,12 +58,13 @@ class SiteDoor:
         exchange: Exchange,
         approvals: Approvals,
         logs: SiteLogs | None = None,
+        note: Note | None = None,
     ) -> None:
         self._logs = logs
         self._federation, self._roster, self._archive = federation, roster, archive
         self._approvals = approvals
         self._exchange = exchange
-        self._deliveries = Deliveries(federation)
+        self._deliveries = Deliveries(federation, note=note)
 
     def handle(self, request: Request) -> Response:
         """One request of the site `request.peer`."""

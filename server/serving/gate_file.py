@@ -32,7 +32,8 @@ def place(registry: Path, name: str, number: int) -> Path:
 
 def of_federation(registry: Path) -> bool:
     """Whether a registry is a federation's own, DIR/models: a version must pass its gate there to be the champion."""
-    return registry.absolute().name == MODELS and (registry.absolute().parent / "server.toml").exists()
+    place = registry.resolve()  # by whatever name it is reached
+    return place.name == MODELS and (place.parent / "server.toml").exists()
 
 
 def write(path: Path, gate: Mapping[str, Any], sign: Sign) -> None:

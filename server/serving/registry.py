@@ -5,7 +5,8 @@
 
 A version is registered (and becomes the candidate), promoted (the candidate becomes the champion), rolled back (the
 champion before it is champion again), or withdrawn, for good: a withdrawn bundle is refused wherever it is opened, in
-a copy too. Every act is kept with who did it, when and why.
+a copy too. Every act is kept with who did it, when and why; those on a federation's registry are in its audit log
+before they count.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from consortium.protocol.delivery import MODEL_NAME
 from consortium.protocol.errors import InputError, IntegrityError, nearest
 from consortium.protocol.files import private_folder, sync_folder, write_private
 from consortium.server import seal, vouching
-from consortium.server.serving import gate_file, versions
+from consortium.server.serving import acts, gate_file, versions
 from consortium.server.serving.versions import CANDIDATE, CHAMPION, Act, Shelf, State, Version
 
 STATE = "registry.json"
@@ -32,11 +34,21 @@ _LOCK = ".lock"
 
 
 class Registry:
-    """The registry in a folder; one act at a time, by any number of processes. clock: seconds since the epoch."""
+    """The registry in a folder; one act at a time, by any number of processes.
 
-    def __init__(self, folder: Path, clock: Callable[[], float], by: str | None = None) -> None:
+    clock: seconds since the epoch. by: who acts, else the machine's user. note: writes to the audit log of the
+    federation whose registry it is; without it that log is opened for each act.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        clock: Callable[[], float],
+        by: str | None = None,
+        note: acts.Note | None = None,
+    ) -> None:
         self.folder, self._clock = folder, clock
-        self._by = by
+        self._by, self._note = by, note
 
     def state(self) -> State:
         """As of now.
@@ -74,7 +86,7 @@ class Registry:
             raise InputError(
                 f"--name: got {name[:80]!r}; small letters, digits, '.', '_' and '-' would be right, up to 64"
             )
-        with self._changing(new=True) as state:
+        with self.held(new=True) as state:
             partial = Path(tempfile.mkdtemp(prefix=".new.", dir=self.folder))
             try:
                 copy = partial / "bundle"
@@ -87,7 +99,7 @@ class Registry:
                 shutil.rmtree(place, ignore_errors=True)  # of an interrupted call: no state names it
                 copy.rename(place)
                 sync_folder(place.parent)
-                self._keep(state, name, shelf, "register", number)
+                self._keep(self._noted(state, name, shelf, "register", number))
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         return shelf.versions[-1]
@@ -102,7 +114,7 @@ class Registry:
         """
         if ungated and not why.strip():
             raise InputError("--why: whoever promotes a version past its gate says why")
-        with self._changing() as state:
+        with self.held() as state:
             before = _shelf(state, name)
             shelf = versions.promoted(before, number)
             assert shelf.champion is not None
@@ -110,8 +122,9 @@ class Registry:
             seal.check_approved(place, seal.read(place))
             if gate_file.of_federation(self.folder) and not ungated and shelf.champion != before.champion:
                 self._check_gate(name, before, shelf.champion, place)
-            act = "promote ungated" if ungated else "promote"
-            return self._keep(state, name, shelf, act, shelf.champion, why)
+            act = versions.UNGATED if ungated else versions.PROMOTE
+            self._keep(self._noted(state, name, shelf, act, shelf.champion, why))
+        return shelf
 
     def _check_gate(self, name: str, before: Shelf, number: int, place: Path) -> None:
         version, signer = before.version(number), seal.read(place).signer
@@ -131,7 +144,7 @@ class Registry:
             InputError, IntegrityError: there is no such version, nobody signed it, or the approval does not hold.
                 Nothing has changed.
         """
-        with self._changing() as state:
+        with self.held() as state:
             shelf = _shelf(state, name)
             if shelf.version(number) is None:
                 raise InputError(f"model '{name}' has no version {number}")
@@ -141,45 +154,65 @@ class Registry:
                 raise InputError(
                     f"{name}@{number}: is signed by nobody, as a simulation's model is; none approves it"
                 )
+            done = ("approve", name, number, f"by site {site}")
             if site in sealed.approved:
+                if done not in [(act.act, act.model, act.version, act.why) for act in state.history]:
+                    self._keep(self._noted(state, name, shelf, "approve", number, done[3]))  # it was cut off
                 return sealed.approved
             content = change(path.read_bytes())
             approved = vouching.approved_by(path, json.loads(content), sealed.signer, sealed.digest)
-            beside = place.with_name(
-                f".{number}.{seal.SIGNATURE}"
-            )  # a bundle holds no other file, not for a moment
+            after = self._noted(state, name, shelf, "approve", number, done[3])
+            # Beside the bundle first, which holds no other file, not for a moment.
+            beside = place.with_name(f".{number}.{seal.SIGNATURE}")
             write_private(beside, content)
             beside.replace(path)
             sync_folder(place)
-            self._keep(state, name, shelf, "approve", number, f"by site {site}")
+            self._keep(after)
         return approved
 
-    def gated(self, name: str, number: int, what: str) -> None:
-        """Keep that a version was gated, and what came of it."""
-        with self._changing() as state:
-            self._keep(state, name, _shelf(state, name), "gate", number, what)
+    def gated(self, name: str, number: int, result: Mapping[str, Any], sign: gate_file.Sign) -> None:
+        """Keep the result of a version's gate, signed, and that there was one."""
+        with self.held() as state:
+            what = "passed" if result["passed"] else str(result["why"][0])
+            after = self._noted(state, name, _shelf(state, name), "gate", number, what)
+            gate_file.write(gate_file.place(self.folder, name, number), result, sign)
+            self._keep(after)
 
     def rollback(self, name: str, why: str = "") -> Shelf:
         """See `versions.rolled_back`. Raises RefusedError where there was no champion before."""
-        with self._changing() as state:
+        with self.held() as state:
             shelf = versions.rolled_back(_shelf(state, name))
             assert shelf.champion is not None
             self.bundle(name, shelf, shelf.champion)
-            return self._keep(state, name, shelf, "rollback", shelf.champion, why)
+            self._keep(self._noted(state, name, shelf, versions.ROLLBACK, shelf.champion, why))
+        return shelf
 
     def withdraw(self, name: str, number: int, why: str) -> Shelf:
-        """See `versions.withdrawn`. The bundle itself says so first, so that no crash leaves it in use.
+        """See `versions.withdrawn`. The bundle itself says so first, so that no crash leaves it in use. What was
+        withdrawn before stays so, with the reason of then.
 
         Raises:
             InputError: there is no such version, or no reason is given.
         """
         if not why.strip():
             raise InputError("--why: a withdrawal says why; whoever still asks for the model is told")
-        with self._changing() as state:
-            shelf = versions.withdrawn(_shelf(state, name), number, why)
-            marker = json.dumps({"format": seal.FORMAT, "why": why, "at": self._clock()}).encode()
-            write_private(self.folder / name / str(number) / seal.WITHDRAWN, marker)
-            return self._keep(state, name, shelf, "withdraw", number, why)
+        with self.held() as state:
+            before = _shelf(state, name)
+            shelf = versions.withdrawn(before, number, why)
+            version = shelf.version(number)
+            assert version is not None
+            after = None
+            if shelf != before:
+                after = self._noted(state, name, shelf, versions.WITHDRAW, number, why)
+            place = self.folder / name / str(number)
+            if (
+                place.is_dir()
+            ):  # a bundle that is gone cannot be opened; one that comes back is withdrawn by the state
+                marker = {"format": seal.FORMAT, "why": version.why, "at": self._clock()}
+                write_private(place / seal.WITHDRAWN, json.dumps(marker).encode())
+            if after is not None:
+                self._keep(after)
+        return shelf
 
     def bundle(self, name: str, shelf: Shelf, number: int) -> Path:
         """The folder of a version, if it is the bundle that was registered.
@@ -189,6 +222,8 @@ class Registry:
         """
         place = self.folder / name / str(number)
         version = shelf.version(number)
+        if version is not None and version.withdrawn:
+            raise IntegrityError(f"{place}: was withdrawn ({version.why}); use another version")
         found = seal.read(place).digest
         if version is None or found != version.bundle:
             raise IntegrityError(
@@ -214,8 +249,8 @@ class Registry:
         return self.bundle(name, shelf, number)
 
     @contextmanager
-    def _changing(self, new: bool = False) -> Iterator[State]:
-        """The state, while nobody else changes it."""
+    def held(self, new: bool = False) -> Iterator[State]:
+        """The state, while nobody else changes it. new: where there is no registry, an empty one."""
         if new:
             private_folder(self.folder)
         elif not (self.folder / STATE).exists():
@@ -227,11 +262,18 @@ class Registry:
         finally:
             os.close(descriptor)
 
-    def _keep(self, state: State, name: str, shelf: Shelf, act: str, number: int, why: str = "") -> Shelf:
+    def _noted(self, state: State, name: str, shelf: Shelf, act: str, number: int, why: str = "") -> State:
+        """The state with one act more, which the federation's audit log tells of when this returns."""
         done = Act(self._clock(), act, name, number, self._by or getpass.getuser(), why)
-        document = versions.document(State({**state.models, name: shelf}, (*state.history, done)))
-        write_private(self.folder / STATE, document)
-        return shelf
+        after = State({**state.models, name: shelf}, (*state.history, done))
+        if gate_file.of_federation(self.folder):
+            version = shelf.version(number)
+            note = self._note or acts.log_of(self.folder.resolve().parent)
+            note(*acts.entry(len(after.history), done, version.bundle if version else ""))
+        return after
+
+    def _keep(self, state: State) -> None:
+        write_private(self.folder / STATE, versions.document(state))
 
 
 def locate(text: str, clock: Callable[[], float]) -> Path:

@@ -11,6 +11,8 @@ from consortium.protocol.errors import InputError, RefusedError
 
 FORMAT = 1
 CHAMPION, CANDIDATE = "champion", "candidate"
+PROMOTE, UNGATED, ROLLBACK, WITHDRAW = "promote", "promote ungated", "rollback", "withdraw"
+"""Acts that put a version to use or take it out of it."""
 
 
 @dataclass(frozen=True)

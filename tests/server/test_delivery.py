@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from founded import found, open_doors
 
 from consortium.client import joining, models
+from consortium.client.audit import noted, site_audit
 from consortium.client.home import Home
 from consortium.protocol import statement
+from consortium.protocol.audit import segments
+from consortium.protocol.chain import entries
 from consortium.protocol.connection import Connection
 from consortium.protocol.delivery import Delivery, File, state, verified
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
@@ -43,6 +46,10 @@ class Pulling:
     home: Home
     connection: Connection
     paths: list[str]
+
+    def note(self, kind: str, body: Mapping[str, Any]) -> None:
+        """Write to the site's audit log."""
+        noted(self.home, kind, body)
 
     @property
     def folder(self) -> Path:
@@ -84,19 +91,53 @@ def one(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 def test_an_approval_changes_one_file_of_what_a_site_has(one: Pulling) -> None:
     """The next pull fetches that alone, and the folder is there all the while for whoever serves from it."""
-    models.pull(one.home, one.connection, "toy")
+    models.pull(one.home, one.connection, "toy", one.note)
     place = one.folder / "1"
     before = place.stat().st_ino, (place / "model.onnx").stat().st_ino
     said = models.fetch(one.home, one.connection, "toy", 1)[1]
     identity = one.home.identity(one.home.lock())
-    assert models.approve(one.home, one.connection, identity, said) == ["site-1"]
+    assert models.approve(one.home, one.connection, identity, said, one.note) == ["site-1"]
     (place / "notes.txt").write_text("not of the model")
     one.paths.clear()
-    models.pull(one.home, one.connection, "toy")
+    models.pull(one.home, one.connection, "toy", one.note)
     assert [path for path in one.paths if path.count("/") > 3] == ["/v1/models/toy/1/signature.json"]
     assert (place.stat().st_ino, (place / "model.onnx").stat().st_ino) == before
     assert seal.read(place, one.federation.root_fingerprint).approved == ("site-1",)
+    assert noted_at(one) == [("pulled", 1), ("model approved", 1), ("pulled", 1)]
     assert sorted(path.name for path in one.folder.iterdir()) == ["1", "standing.json"]
+
+
+def noted_at(one: Pulling) -> list[tuple[str, int]]:
+    """What the site's audit log tells of models: kind and version."""
+    found = entries(segments(one.home.audit), site_audit(one.home, one.home.identity(one.home.lock())).name)
+    return [(entry.kind, entry.body["version"]) for entry in found if "bundle" in entry.body]
+
+
+def test_a_site_notes_once_that_a_model_was_withdrawn(one: Pulling) -> None:
+    """When its agent hears of it, before it is marked, and not at the next look."""
+    models.pull(one.home, one.connection, "toy", one.note)
+    one.registry.withdraw("toy", 1, "wrong units")
+    for _ in range(2):
+        models.check(one.home, one.connection, one.note)
+    assert noted_at(one) == [("pulled", 1), ("withdrawn", 1)]
+    with pytest.raises(IntegrityError, match=r"was withdrawn \(wrong units\)"):
+        models.usable(one.home, "toy", time.time())
+
+
+def test_what_cannot_be_noted_is_neither_used_nor_approved(one: Pulling) -> None:
+    """A full disk at the site's audit log: nothing was pulled, and the server has no approval."""
+
+    def full(*_: object) -> None:
+        raise ConsortiumError("the audit log cannot be written")
+
+    with pytest.raises(ConsortiumError, match="cannot be written"):
+        models.pull(one.home, one.connection, "toy", full)
+    with pytest.raises(InputError, match="is not here"):
+        models.usable(one.home, "toy", time.time())
+    said = models.fetch(one.home, one.connection, "toy", 1)[1]
+    with pytest.raises(ConsortiumError, match="cannot be written"):
+        models.approve(one.home, one.connection, one.home.identity(one.home.lock()), said, full)
+    assert seal.read(one.registry.folder / "toy" / "1").approved == ()
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -109,7 +150,7 @@ def test_a_model_that_is_withdrawn_while_it_is_fetched_is_not_used(one: Pulling,
             one.registry.withdraw("toy", 1, "wrong units")
 
     with pytest.raises(ConsortiumError, match=r"^toy@1: was withdrawn \(wrong units\)"):
-        models.pull(one.home, one.connection, "toy", withdraw)
+        models.pull(one.home, one.connection, "toy", one.note, withdraw)
     with pytest.raises(InputError, match="is not here"):
         models.usable(one.home, "toy", time.time())
 
@@ -118,19 +159,19 @@ def test_a_site_hears_of_damage_at_the_server_and_not_where(one: Pulling) -> Non
     """Names of the server's folders are not the sites' to know."""
     (one.registry.folder / "toy" / "1" / "notes.txt").write_text("not of the model")
     with pytest.raises(ConsortiumError, match="is damaged at the server") as caught:
-        models.pull(one.home, one.connection, "toy")
+        models.pull(one.home, one.connection, "toy", one.note)
     assert str(one.registry.folder) not in str(caught.value)
 
 
 def test_a_pull_beside_the_agents_look_is_not_undone(one: Pulling, monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent keeps what the server says of the version that was used when it looked; a pull meanwhile waits."""
-    models.pull(one.home, one.connection, "toy")
+    models.pull(one.home, one.connection, "toy", one.note)
     one.registry.promote("toy", 2, "for a test", ungated=True)
     asked, threads = models._asked, list[threading.Thread]()
 
     def pull() -> None:
         connection = one.again()
-        models.pull(one.home, connection, "toy")
+        models.pull(one.home, connection, "toy", one.note)
         connection.close()
 
     def asking(*about: Any) -> Any:
@@ -142,7 +183,7 @@ def test_a_pull_beside_the_agents_look_is_not_undone(one: Pulling, monkeypatch: 
         return found
 
     monkeypatch.setattr(models, "_asked", asking)
-    models.check(one.home, one.connection)
+    models.check(one.home, one.connection, one.note)
     threads[0].join(60)
     assert models.usable(one.home, "toy", time.time()) == one.folder / "2"
 
