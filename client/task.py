@@ -18,6 +18,7 @@ have no default.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -165,7 +166,8 @@ def task_of(study: Study) -> Task:
     """The study's task.
 
     Raises:
-        InputError: the study's code has no such class, or it is not a `Task`.
+        InputError: the study's code has no such class, it is not a `Task`, leaves something out that a task needs, or
+            uses a name of `Task` for something else.
     """
     if study.app is not None:
         raise InputError(
@@ -177,4 +179,35 @@ def task_of(study: Study) -> Task:
         raise InputError(
             f"{study.task}: is not a task; write a class that derives from consortium.client.Task"
         )
-    return made(study)
+    missing = sorted(made.__abstractmethods__)
+    if missing:
+        raise InputError(
+            f"{study.task}: defines no {', '.join(missing)}; consortium.client.Task says what each gives"
+        )
+    try:
+        inspect.signature(made).bind(study)
+    except TypeError as error:
+        raise InputError(
+            f"{study.task}: its __init__ cannot be called with the study alone ({error}); take `study`, give what "
+            "else it takes a default, and what is to differ between studies a value in the study file"
+        ) from error
+    task = made(study)
+    for name in ("local", "frozen"):
+        _check_patterns(study.task, name, getattr(task, name))
+    if type(task.prepares) is not bool:
+        raise InputError(f"{study.task}: `prepares` is {_said(task.prepares)}; True or False would be right")
+    return task
+
+
+def _check_patterns(task: str, name: str, found: object) -> None:
+    """Raises InputError where the task uses for something else what names its parameters: a method, one pattern alone
+    (of which every letter would be taken for one)."""
+    if not isinstance(found, tuple | list) or not all(isinstance(one, str) for one in found):
+        raise InputError(
+            f"{task}: `{name}` is {_said(found)}; it stands for patterns of parameter names, such as "
+            f'{name} = ("head.*",); name what you mean otherwise'
+        )
+
+
+def _said(value: object) -> str:
+    return "a method" if callable(value) else f"a {type(value).__name__}"
