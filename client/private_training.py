@@ -205,7 +205,12 @@ def _row_gradients(task: Task, net: Resident, inputs: Tensor, targets: Tensor) -
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return task.loss(output.unsqueeze(0), target.unsqueeze(0))
 
-    losses: Any = torch.func.vmap(loss)(net.module(inputs), targets)
+    outputs = net.module(inputs)
+    losses: Any
+    try:
+        losses = torch.func.vmap(loss)(outputs, targets)
+    except RuntimeError:  # a loss that looks at its numbers (`if`, `.item()`) goes row by row alone
+        losses = torch.stack([loss(*pair) for pair in zip(outputs, targets, strict=True)] or [outputs.sum()])
     losses.sum().backward()
     found = []
     for parameter in net.parameters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
@@ -32,6 +33,7 @@ def document(experiment: Experiment) -> dict[str, Any]:
         found[name] = {
             "true_positives": rates, "bound": tried[0].bound, "trained": tried[0].trained,
             "others": tried[0].others, "errors": errors,
+            "left_out": {way: why for one in tried for way, why in one.left_out.items()},
         }  # fmt: skip
     return found
 
@@ -42,8 +44,14 @@ def lines(experiment: Experiment) -> list[str]:
         f"attacks on {name}: rows found at 1 % false positives: {_listed(one['true_positives'])}"
         + ("" if one["bound"] is None else f" (privacy promises at most {one['bound']:.3g})")
         + f"; error of an inverted row (1: as the mean row): {_listed(one['errors'])}"
+        + "".join(f"; {sentence}" for sentence in left_out(one))
         for name, one in document(experiment).items()
     ]
+
+
+def left_out(one: Mapping[str, Any]) -> list[str]:
+    """Of one model of `document`: which attacks could not be made, and why."""
+    return [f"left out, {way}: {why}" for way, why in sorted(one["left_out"].items())]
 
 
 def shown(value: float | None) -> str:

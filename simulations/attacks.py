@@ -11,10 +11,10 @@ as it leaves it or, where the noise is added at the server, the change of the mo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ FPR = 0.01
 """The share of rows that were not trained on which an attacker may take for trained on."""
 ROUNDS = 30
 """Of a run, the first that are attacked."""
+LONGEST = 300
+"""Characters of the reason why an attack was left out."""
 _PIECE = 256
 
 
@@ -53,6 +55,7 @@ class Attacked:
     trained, others: how many rows of each kind there were.
     errors: by attack, the median error of a row that was looked for, over that of guessing the mean row: 0 where it is
         found exactly, 1 where nothing is learnt.
+    left_out: by attack, why it could not be made on this task.
     """
 
     true_positives: Mapping[str, float]
@@ -60,6 +63,7 @@ class Attacked:
     trained: int
     others: int
     errors: Mapping[str, float]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 class States(InMemory):
@@ -82,18 +86,47 @@ def attack(study: Study, sources: Sequence[Source], states: States, model: Vecto
     data = {source.site: rows(task, source) for source in sources}
     sums = _sums(states.after[max(states.after)].statistics)
     tables = {site: _tables(task, one, sums) for site, one in data.items()}
-    aligned = _alignment(study, task, local, net, sources, states, mechanism, tables)
-    net.load(model, None)
-    losses = {site: tuple(-_losses(task, net, *table) for table in both) for site, both in tables.items()}
-    found = {"loss": _rate(losses.values()), "updates": _rate(aligned.values())}
     first = max(tables.values(), key=lambda both: len(both[0][0]))[0]
+    left_out: dict[str, str] = {}
+
+    def by_loss() -> float:
+        net.load(model, None)
+        return _rate([tuple(-_losses(task, net, *table) for table in both) for both in tables.values()])
+
+    def by_updates() -> float:
+        return _rate(_alignment(study, task, local, net, sources, states, mechanism, tables).values())
+
+    found = {
+        "loss": _tried("loss", by_loss, math.nan, left_out),
+        "updates": _tried("updates", by_updates, math.nan, left_out),
+    }
+    nothing: Mapping[str, float] = {}
+    errors = _tried(
+        "inversion",
+        lambda: invert(study, task, local, net, first, len(sources), mechanism),
+        nothing,
+        left_out,
+    )
     return Attacked(
         found,
         _bound(study, mechanism),
         sum(len(inside[0]) for inside, _ in tables.values()),
         sum(len(outside[0]) for _, outside in tables.values()),
-        invert(study, task, local, net, first, len(sources), mechanism),
+        errors,
+        left_out,
     )
+
+
+T = TypeVar("T")
+
+
+def _tried(name: str, attempt: Callable[[], T], instead: T, left_out: dict[str, str]) -> T:
+    """What an attack gives; `instead`, with the reason in `left_out`, where the task's own code is not made for it."""
+    try:
+        return attempt()
+    except Exception as error:  # noqa: BLE001 - of the study's own code; the run and the other attacks stand
+        left_out[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:LONGEST]
+        return instead
 
 
 def _sums(statistics: Statistics) -> Statistics:

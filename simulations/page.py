@@ -129,6 +129,9 @@ def _attacks(experiment: Experiment) -> Iterable[str]:
         ]
         rows.append([name, *map(attacked.shown, cells)])
     yield _table(head, rows)
+    for name, one in found.items():
+        for sentence in attacked.left_out(one):
+            yield f"<p>{escape(name)}: {escape(sentence)}</p>"
     yield f'<p class="small">{escape(attacked.MEANING)}</p>'
 
 

@@ -67,27 +67,66 @@ def test_what_is_learnt_by_heart_is_found_and_privacy_hides_it() -> None:
     assert max(private.true_positives.values()) <= private.bound + slack
 
 
-def test_a_model_that_mixes_rows_is_attacked_but_for_the_round_over_one_row(tmp_path: Path) -> None:
-    """BatchNorm trains on no single row, so there is no such round to invert; membership is told, and so is this."""
-    (tmp_path / "task.py").write_text(
-        "import torch\nfrom torch import nn\nfrom consortium.client import Examples, Task\n"
-        "class T(Task):\n"
-        "    def model(self): return nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))\n"
-        "    def loss(self, outputs, targets): return ((outputs - targets) ** 2).mean()\n"
-        "    def data(self, source): return Examples(torch.rand(40, 2), torch.rand(40, 1))\n"
-    )
+LOOKS = (
+    "import torch\nfrom torch import nn\nfrom consortium.client import Examples, Task\n"
+    "class T(Task):\n"
+    "    def model(self): return {model}\n"
+    "    def loss(self, outputs, targets):\n"
+    "        off = ((outputs - targets) ** 2).mean()\n"
+    "        {line}\n"
+    "        return off\n"
+    "    def data(self, source):\n"
+    "        draws = torch.Generator().manual_seed(len(source.site))\n"
+    "        return Examples(torch.rand(24, 2, generator=draws), torch.rand(24, 1, generator=draws))\n"
+)
+"""A task whose loss may look at its own numbers."""
+
+
+def of_own_task(folder: Path, line: str, model: str = "nn.Linear(2, 1)") -> tuple[attacks.Attacked, Trial]:
+    folder.mkdir()
+    (folder / "task.py").write_text(LOOKS.format(line=line, model=model))
     text = private_study('mechanism = "none"', rounds=2, data="holdout = 0.5").text
     text = text.replace("consortium.client.tasks.tabular:Classifier", "task:T")
     lines = [line for line in text.splitlines() if not line.startswith(("target", "features", "hidden"))]
-    (tmp_path / "study.toml").write_text("\n".join(lines))
-    study = Study.load(tmp_path / "study.toml")
+    (folder / "study.toml").write_text("\n".join(lines))
+    study = Study.load(folder / "study.toml")
     sources, states = [Source(f"s{n}", table=hard_to_learn(n)) for n in range(SITES)], attacks.States()
     result = simulate(study, sites=sources, processes=0, commits=states)
     found = attacks.attack(study, sources, states, result.outcome.model)
+    return found, Trial("fedavg", 0, result, {}, attacked=found)
+
+
+def test_a_model_that_mixes_rows_is_attacked_but_for_the_round_over_one_row(tmp_path: Path) -> None:
+    """BatchNorm trains on no single row, so there is no such round to invert; membership is told, and so is this."""
+    model = "nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))"
+    found, trial = of_own_task(tmp_path / "mixes", "pass", model)
     assert not found.errors
+    assert not found.left_out
     assert all(0 <= rate <= 1 for rate in found.true_positives.values())
-    trial = Trial("fedavg", 0, result, {}, attacked=found)
-    assert lines_of(Experiment(study, [trial]))[0].endswith("(1: as the mean row): not known")
+    assert lines_of(Experiment(trial.result.study, [trial]))[0].endswith("(1: as the mean row): not known")
+
+
+def test_a_loss_that_looks_at_its_numbers_is_attacked_row_by_row(tmp_path: Path) -> None:
+    """Such a loss cannot be taken for many rows at once; each row by itself gives the same figures."""
+    plain, _ = of_own_task(tmp_path / "plain", "pass")
+    looks, _ = of_own_task(tmp_path / "looks", "off = off if off.item() < 1e9 else off * 0.5")
+    assert not looks.left_out
+    assert looks.true_positives == plain.true_positives
+    assert looks.errors.keys() == {"cosine", "closed form"}
+    assert looks.errors == pytest.approx(plain.errors, abs=1e-3)
+
+
+def test_an_attack_that_a_task_is_not_made_for_is_left_out_by_name_and_the_rest_is_kept(
+    tmp_path: Path,
+) -> None:
+    """A loss that fails within functional transforms: the run, and what was found by the loss, stand."""
+    line = "off = off if torch._C._functorch.maybe_current_level() is None else 1 / 0"
+    found, trial = of_own_task(tmp_path / "odd", line)
+    assert found.left_out.keys() == {"updates", "inversion"}
+    assert 0 <= found.true_positives["loss"] <= 1
+    said = lines_of(Experiment(trial.result.study, [trial]))[0]
+    assert "left out, updates: ZeroDivisionError: division by zero" in said
+    assert "by updates not known" in said
 
 
 @pytest.mark.slow
