@@ -100,6 +100,8 @@ class Archive:
         """Notes what a round is about to publish, before it is committed."""
         self.published: Callable[[str], dict[str, Any] | None] = lambda _: None
         """What a study has published."""
+        self.released_by: Callable[[str], dict[str, Any] | None] = lambda _: None
+        """What a run has released, by site."""
         self._sweep()
 
     def _sweep(self) -> None:

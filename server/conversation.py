@@ -110,6 +110,7 @@ class Conversation:
             "ask": self._ask,
             "answers": self._answers,
             "wait": self._wait,
+            "released": lambda *_: ({"ledger": self._archive.released_by(self._run)}, None),
             "seal": self._seal,
             "finished": self._finished,
         }

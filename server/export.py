@@ -64,12 +64,14 @@ def export(
     sign: Sign | None = None,
     timeout: float = TIMEOUT,
     trusted: bool = False,
+    ledger: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write the model that a run selected into the new folder `destination`.
 
     local: the `local` segment, for a model of which parts stay at the sites: then this is one site's own model.
     sign: gives the content of `signature.json` for a manifest and the lineage; None leaves the model unsigned.
     timeout: seconds for the worker. trusted: whether code that the study brings runs without a sandbox.
+    ledger: what the server's ledger holds of the run (`StudyLedger.of_run`); None: the run's own records count.
 
     Raises:
         InputError: the destination is taken, or the graph depends on the values or the number of its rows.
@@ -99,16 +101,18 @@ def export(
             contract["decisions"] = _decisions(signature["outputs"])
     made = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(files.items())}
     contract["files"] = made
-    documents = _documents(plan, outcome, contract)
+    documents = _documents(plan, outcome, contract, ledger)
     hashes = made | {name: hashlib.sha256(content).hexdigest() for name, content in documents.items()}
     files |= documents | _sealed(hashes, documents[LINEAGE], plan.federation, sign, study.export.approvals)
     place(files, destination)
     return Exported(destination, contract)
 
 
-def _documents(plan: Plan, outcome: Outcome, contract: Mapping[str, Any]) -> dict[str, bytes]:
+def _documents(
+    plan: Plan, outcome: Outcome, contract: Mapping[str, Any], ledger: Mapping[str, Any] | None
+) -> dict[str, bytes]:
     """What stands beside the model, as bytes by name."""
-    came, private = lineage.lineage(plan, outcome), lineage.privacy(plan, outcome)
+    came, private = lineage.lineage(plan, outcome), lineage.privacy(plan, outcome, ledger)
     judged, reference = lineage.evaluation(plan, outcome), lineage.reference(plan, outcome)
     bill = card.bill(contract, came, judged, contract["files"])
     documents: dict[str, Mapping[str, Any]] = {

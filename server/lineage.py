@@ -79,9 +79,21 @@ def made_after(outcome: Outcome) -> int:
     return judged.round if chosen and judged is not None else outcome.state.round
 
 
-def privacy(plan: Plan, outcome: Outcome) -> dict[str, Any]:
-    """What protects the records that the model was trained on, what each site spent, and what is not covered."""
-    return of_run(plan.study, tally.releases(outcome.state.rounds, plan.mechanism))
+def privacy(plan: Plan, outcome: Outcome, ledger: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What protects the records that the model was trained on, what each site spent, and what is not covered.
+
+    ledger: what the server's holds of the run, which may be more than its records tell of: a round that was noised anew
+    after a crash. Never less is said than either.
+    """
+    counts = tally.releases(outcome.state.rounds, plan.mechanism)
+    if plan.mechanism is None or ledger is None:
+        return of_run(plan.study, counts)
+    noted: Mapping[str, int] = ledger["sites"]
+    counts = {
+        site: max(counts.get(site, 0), noted.get(site, 0) + ledger["any"]) for site in {*counts, *noted}
+    }
+    said = {"entries": ledger["entries"], "head": ledger["head"]}
+    return {**of_run(plan.study, counts), "ledger": said}
 
 
 # How it was judged

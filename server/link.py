@@ -11,6 +11,7 @@ Models travel as open files, never through the socket; what the process writes i
     ask {headers by site, asked} + file or none   -> {refused: reasons by site}
     answers {seconds}                             -> {site, header} + file or none, {site, reason}, or {}: no more
     wait {sites}                                  -> {more}
+    released {}                                   -> {ledger}: `StudyLedger.of_run`
     seal {manifest, lineage}                      -> {signature}: of the exported model's manifest, or null
     finished {status, why}                        -> {}
 

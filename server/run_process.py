@@ -161,7 +161,8 @@ def _exported(link: Link, plan: Plan, outcome: Outcome, folder: Path) -> str:
 
     try:
         shutil.rmtree(folder / MODEL, ignore_errors=True)  # of a process that died after it exported
-        export(plan, outcome, folder / MODEL, sign=sign)
+        ledger = link.call("released")["ledger"]
+        export(plan, outcome, folder / MODEL, sign=sign, ledger=ledger)
     except ConsortiumError as error:
         return f"the model is not exported: {error}"
     return ""

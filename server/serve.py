@@ -68,6 +68,7 @@ class Server:
         self.note, self.refused = self.audit.note, self.audit.refused
         ledger = StudyLedger(self.audit.log)
         self.archive.released, self.archive.published = ledger.note, ledger.spent
+        self.archive.released_by = ledger.of_run
         self.roster = Roster(self.store, note=self.note)
         spool = folder / "spool"
         spool.mkdir(mode=0o700, exist_ok=True)
