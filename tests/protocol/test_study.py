@@ -296,6 +296,20 @@ def test_noise_at_the_server_wants_a_strategy_with_a_sensitivity(strategy: str, 
     assert right in found[key]
 
 
+@pytest.mark.parametrize("mechanism", ["central-gaussian", "local-gaussian"])
+@pytest.mark.parametrize("unit", ["record", "person"])
+def test_noise_on_whole_updates_protects_sites_alone(mechanism: str, unit: str) -> None:
+    """A person or a record may have moved the whole update, whose bound is the site's: dp-sgd is named instead."""
+    text = private(
+        PRIVATE.replace("dp-sgd", mechanism),
+        unit=('unit = "record"', f'unit = "{unit}"'),
+        strategy=('"fedadam"', '"fedadam"\nweighted = false'),
+    )
+    found = problems(text)
+    assert list(found) == ["privacy.unit"]
+    assert f"protects by site; for '{unit}' use mechanism = \"dp-sgd\"" in found["privacy.unit"]
+
+
 MANY = "\n".join(f"key_number_{number} = 1" for number in range(20_000)) + "\n"
 CROWDS = {
     "keys without a section": MANY + GOOD,
