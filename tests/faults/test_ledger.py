@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
-import re
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live import COMMAND, Live, hospitals, study
+from ledger_kills import SITES, book_of, campaign, client, private
+from live import Live, hospitals
 
-from consortium.client.charges import ledger_in
-from consortium.protocol.study import Study
-
-PRIVACY = 'unit = "record"\nmechanism = "dp-sgd"\nepsilon = 3.0\ndelta = 1e-5\nclip_norm = 1.0'
-SITES = 2
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -27,21 +19,9 @@ def federation(tmp_path: Path) -> Iterator[Live]:
         yield one
 
 
-def private(name: str, rounds: int, epsilon: float = 3.0) -> Study:
-    """A study by dp-sgd with short rounds."""
-    text = study(name, SITES, rounds=rounds, epochs=1, deadline="2m").text
-    text = re.sub(r"\[privacy\][^\[]*", "", text)
-    return Study.parse(text + f"\n[privacy]\n{PRIVACY.replace('3.0', str(epsilon))}\n")
-
-
-def client(federation: Live, site: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [*map(str, COMMAND), "client", *words, "--dir", str(federation.home(site).folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
 def charged(federation: Live, site: str, run: str) -> int:
-    book = ledger_in(federation.home(site), federation.home(site).lock())
-    return sum(one.question.run == run for account in book.accounts().values() for one in account.charges)
+    accounts = book_of(federation, site).accounts().values()
+    return sum(one.question.run == run for account in accounts for one in account.charges)
 
 
 def test_a_private_study_charges_every_round_and_ends_on_its_budget(federation: Live) -> None:
@@ -69,6 +49,7 @@ def test_a_private_study_charges_every_round_and_ends_on_its_budget(federation: 
     folder = Path(ended["model"])
     said = json.loads((folder / "privacy.json").read_text())
     assert set(said["sites"]) == set(sites)
+    assert said["ledger"]["entries"] == len([one for one in federation.events("second") if one["round"]])
     reasons = [why for event in federation.events("second") for why in event["left_out"].values()]
     assert any("privacy budget" in why and "per record" in why for why in reasons)
 
@@ -109,25 +90,10 @@ def test_an_older_ledger_spends_nothing(federation: Live) -> None:
     assert other
 
 
-def test_a_site_killed_at_random_moments_never_shows_less_than_what_left(federation: Live) -> None:
-    """kill -9, again and again within private rounds: the ledger verifies each time, and holds every round that the
-    server admitted an answer to."""
-    site, _ = sorted(federation.places)
-    rng = random.Random(3)
-    federation.start(private("killed", 60, epsilon=20.0))
-    for _ in range(15):
-        time.sleep(rng.uniform(0.0, 5.0))
-        federation.end(site)
-        assert client(federation, site, "ledger", "verify").returncode == 0
-        federation.start_client(site)
-    for _ in range(200):
-        admitted = {e["round"] for e in federation.events("killed") if site in e["admitted"] and e["round"]}
-        if admitted:
-            break
-        time.sleep(0.5)
-    assert admitted
-    # Read after what the server has: whatever was admitted was charged before it was sent.
-    book = ledger_in(federation.home(site), federation.home(site).lock())
-    book.verify()
-    assert admitted <= {one.question.round for account in book.accounts().values() for one in account.charges}
-    federation.admin.post("/v1/studies/killed/stop")
+def test_a_site_killed_at_random_moments_never_shows_less_than_what_left(tmp_path: Path) -> None:
+    """kill -9 fifteen times within private rounds, the short form of `tests/support/ledger_kills.py`: the ledger
+    verifies each time, and holds the charge and the very bytes of every answer that the server admitted."""
+    tally = campaign(tmp_path, kills=15, seed=3)
+    assert tally.kills.total() == 15
+    assert tally.admitted
+    assert tally.charges >= tally.answers >= tally.admitted
