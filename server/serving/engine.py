@@ -121,7 +121,7 @@ class Engine:
 class _Waiting:
     arrays: Arrays
     rows: int
-    done: asyncio.Future[dict[str, NDArray[Any]]] | None
+    done: asyncio.Future[dict[str, NDArray[Any]]]
 
 
 class Lane:
@@ -146,19 +146,18 @@ class Lane:
             OverloadedError: too many rows wait.
             RequestError: the graph cannot take these values.
         """
-        loop = asyncio.get_running_loop()
         rows = len(next(iter(arrays.values())))
         if not self._busy and 0 < self._per_row * rows < SHORT:
-            found = self._work([_Waiting(arrays, rows, None)])
             self.batches += 1
-            if isinstance(found, Exception):
-                raise _uncomputable(found)
-            return found
+            try:
+                return self._timed(arrays, rows)
+            except Exception as error:
+                raise _uncomputable(error) from error
         if self._rows and self._rows + rows > MAX_WAITING:
             raise OverloadedError(f"{self._rows} rows wait already; try again later")
+        loop = asyncio.get_running_loop()
         done: asyncio.Future[dict[str, NDArray[Any]]] = loop.create_future()
-        one = _Waiting(arrays, rows, done)
-        self._waiting.append(one)
+        self._waiting.append(_Waiting(arrays, rows, done))
         self._rows += rows
         if not self._busy:
             self._busy = True
@@ -185,22 +184,24 @@ class Lane:
         while self._waiting and (not batch or rows + self._waiting[0].rows <= MAX_BATCH):
             one = self._waiting.popleft()
             self._rows -= one.rows
-            if one.done is not None and not one.done.cancelled():  # else whoever asked has gone
+            if not one.done.cancelled():  # else whoever asked has gone
                 batch.append(one)
                 rows += one.rows
         return batch
 
     def _work(self, batch: list[_Waiting]) -> dict[str, NDArray[Any]] | Exception:
-        started = time.perf_counter()
-        names = batch[0].arrays
         joined = batch[0].arrays
-        if len(batch) > 1:
-            joined = {name: np.concatenate([one.arrays[name] for one in batch]) for name in names}
         try:
-            found = self._run(joined)
+            if len(batch) > 1:
+                joined = {name: np.concatenate([one.arrays[name] for one in batch]) for name in joined}
+            return self._timed(joined, sum(one.rows for one in batch))
         except Exception as error:  # noqa: BLE001 - whatever the runtime raises is told to whoever asked
             return error
-        taken = (time.perf_counter() - started) / sum(one.rows for one in batch)
+
+    def _timed(self, arrays: Arrays, rows: int) -> dict[str, NDArray[Any]]:
+        started = time.perf_counter()
+        found = self._run(arrays)
+        taken = (time.perf_counter() - started) / rows
         # The shortest of late: when another program has the processor, the work is not longer for it.
         self._per_row = min(taken, self._per_row * 1.02) if self._per_row else taken
         return found
@@ -217,12 +218,15 @@ class Lane:
                 self._tell([one], self._work([one]))
         else:
             self._tell(batch, found)
-        loop.call_soon(self._next, loop)
+        if self._waiting:
+            loop.call_soon(self._next, loop)
+        else:
+            self._busy = False
 
     def _tell(self, batch: list[_Waiting], found: dict[str, NDArray[Any]] | Exception) -> None:
         place = 0
         for one in batch:
-            if one.done is None or one.done.done():
+            if one.done.done():
                 pass
             elif isinstance(found, Exception):
                 one.done.set_exception(_uncomputable(found))

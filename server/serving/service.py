@@ -55,28 +55,27 @@ class Service:
         """
         started = time.perf_counter()
         found: Loaded | None = None
-        about: dict[str, Any] = {
-            "caller": caller.name,
-            "door": door,
-            "model": name[:80],
-            "version": version[:20],
-        }
         try:
             found = self.engine.find(name, version)
-            about |= {"version": found.version, "digest": found.digest}
-            known = [str(one["name"]) for one in found.contract["outputs"]] if wanted else []
-            for one in wanted:
-                if one not in known:
-                    raise RequestError(
-                        f"output '{one[:80]}': the model has none such; it has {', '.join(known)}"
-                    )
+            if wanted:
+                _check_wanted(found, wanted)
             arrays = found.check(given)
             outputs = await found.lane.predict(arrays)
             rows = len(next(iter(arrays.values())))
             identity = self.desk.new_id(name, found.version)
             taken = time.perf_counter() - started
             self.desk.note(
-                {**about, "status": "ok", "rows": rows, "prediction": identity, "ms": round(taken * 1e3, 3)}
+                {
+                    "caller": caller.name,
+                    "door": door,
+                    "model": name,
+                    "version": found.version,
+                    "digest": found.digest,
+                    "status": "ok",
+                    "rows": rows,
+                    "prediction": identity,
+                    "ms": round(taken * 1e3, 3),
+                }
             )
         except ConsortiumError as error:
             status = status_of(error)
@@ -84,10 +83,26 @@ class Service:
                 name if found else "", found.version if found else "", door, status
             ).inc()
             if status < 500:
-                self.desk.note({**about, "status": status})
+                self.desk.note(
+                    {
+                        "caller": caller.name,
+                        "door": door,
+                        "model": name[:80],
+                        "version": found.version if found else version[:20],
+                        **({"digest": found.digest} if found else {}),
+                        "status": status,
+                    }
+                )
             raise
         self.counters.answered(name, found.version, door, rows, taken)
         return Predicted(found, identity, {one: outputs[one] for one in wanted} if wanted else outputs)
+
+
+def _check_wanted(found: Loaded, wanted: Sequence[str]) -> None:
+    known = [str(one["name"]) for one in found.contract["outputs"]]
+    for one in wanted:
+        if one not in known:
+            raise RequestError(f"output '{one[:80]}': the model has none such; it has {', '.join(known)}")
 
 
 def status_of(error: ConsortiumError) -> int:

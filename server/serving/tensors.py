@@ -1,4 +1,4 @@
-"""Named tensors of the Open Inference Protocol, checked against a model's contract. numpy alone.
+"""Named tensors of the Open Inference Protocol, checked against a model's contract.
 
 Whatever is wrong is said at once: absent, unknown and doubled inputs, datatypes, shapes, missing and non-finite
 values, values beyond the declared range, codes that are not listed. What comes through is what the graph takes. In a
@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import chain
+from operator import le
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,15 +33,24 @@ _SHOWN = 8
 Array = NDArray[Any]
 
 
-class Given(NamedTuple):
-    """A tensor as it came. data: a list of Python values (nested or flat), or bytes, little-endian. plain: whether it
-    is known that the list is flat and holds numbers alone."""
+class Given(msgspec.Struct, gc=False):
+    """A tensor as it came. data: a list of Python values (nested or flat), or bytes, little-endian."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     data: list[Any] | bytes
-    plain: bool = False
+
+
+Whole = Annotated[int, msgspec.Meta(ge=0, lt=2**40)]
+"""An element of a shape."""
+
+
+class Numbers(Given, forbid_unknown_fields=True, gc=False):
+    """A tensor whose list is known to be flat and to hold numbers alone, as nearly all requests in JSON have them."""
+
+    shape: tuple[Whole, Whole]
+    data: list[int | float]
 
 
 class RequestError(InputError):
@@ -96,47 +108,53 @@ class Checker:
         self._dtype = dtypes.pop() if dtypes in ({"float32"}, {"float64"}) else ""
         if self._dtype:
             self._datatype = DATATYPES[self._dtype]
-            self._place = {one["name"]: place for place, one in enumerate(inputs)}
+            self._names = [str(one["name"]) for one in inputs]
             ends = np.array([[one["min"], one["max"]] for one in inputs], np.float64)
             rounded = ends.astype(self._dtype).astype(
                 np.float64
             )  # a number may stand at an end as its dtype has it
-            self._low = np.minimum(ends, rounded)[:, :1, None]
-            self._high = np.maximum(ends, rounded)[:, 1:, None]
+            self._low = np.minimum(ends, rounded)[:, :1]
+            self._high = np.maximum(ends, rounded)[:, 1:]
+            self._lows, self._highs = self._low.ravel().tolist(), self._high.ravel().tolist()
 
     def __call__(self, given: Sequence[Given]) -> dict[str, Array]:
         """See `checked`."""
-        found = self._quick(given) if self._dtype and len(given) == len(self._place) else None
+        found = self._quick(given) if self._dtype and len(given) == len(self._names) else None
         return checked(self._inputs, given) if found is None else found
 
     def _quick(self, given: Sequence[Given]) -> dict[str, Array] | None:
+        """The arrays, where nothing is wrong and nothing unusual."""
+        if [one.name for one in given] != self._names:
+            by_name = {one.name: one for one in given}
+            if by_name.keys() != set(self._names):
+                return None
+            given = [by_name[name] for name in self._names]
         shape = given[0].shape
         rows = shape[0] if len(shape) == 2 and shape[1] == 1 else 0
-        flat: list[Any] = []
-        order: list[int] = []
-        plain = True
-        for name, datatype, its_shape, data, known in given:
-            place = self._place.get(name)
-            right = datatype == self._datatype and its_shape == shape and type(data) is list
-            if place is None or not right or len(data) != rows:
-                return None
-            order.append(place)
-            flat += data
-            plain &= known
-        if not 1 <= rows <= MAX_ROWS or len(set(order)) < len(order):
+        if not 1 <= rows <= MAX_ROWS:
             return None
-        if not plain and not set(map(type, flat)) <= _PLAIN:
+        columns = []
+        for one in given:
+            right = one.datatype == self._datatype and one.shape == shape and type(one.data) is list
+            if not right or len(one.data) != rows:
+                return None
+            columns.append(one.data)
+        flat = list(chain.from_iterable(columns))
+        if set(map(type, given)) != {Numbers} and not set(map(type, flat)) <= _PLAIN:
             return None
         try:
-            wide = np.array(flat, np.float64).reshape(len(order), rows, 1)
+            wide = np.array(flat, np.float64)
         except OverflowError:
             return None
-        in_order = order == sorted(order)
-        low, high = (self._low, self._high) if in_order else (self._low[order], self._high[order])
-        if not ((wide >= low) & (wide <= high)).all():
+        if rows == 1:  # Python's comparisons of ten numbers take a third of the time that numpy's take
+            within = all(map(le, self._lows, flat)) and all(map(le, flat, self._highs))
+        else:
+            table = wide.reshape(len(given), rows)
+            within = bool(((table >= self._low) & (table <= self._high)).all())
+        if not within:
             return None
-        arrays = wide.astype(self._dtype)
-        return {one.name: array for one, array in zip(given, arrays, strict=True)}
+        arrays = wide.astype(self._dtype).reshape(len(given), rows, 1)
+        return dict(zip(self._names, arrays, strict=True))
 
 
 _PLAIN = {int, float}

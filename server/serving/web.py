@@ -41,7 +41,7 @@ MAX_BODY = 1 << 25
 """Bytes of a request."""
 MAX_FEEDBACK = 1 << 13
 _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
-_LENGTH = "Inference-Header-Content-Length"
+_LENGTH = b"inference-header-content-length"
 
 _log = logging.getLogger(__name__)
 Handler = Callable[[Request, Caller], Awaitable[Response]]
@@ -105,10 +105,13 @@ def _json(
     return Response(content, status, dict(headers or {}), "application/json")
 
 
-def _header(request: Request, name: str) -> str | None:
-    """A header of the request, which is looked at without Starlette's copy of them: it is asked for four."""
-    wanted = name.lower().encode()
-    return next((value.decode("latin-1") for key, value in request.scope["headers"] if key == wanted), None)
+def _header(request: Request, name: bytes) -> str | None:
+    """A header of the request, by its name in small letters, without Starlette's copy of them: it is asked for four."""
+    for key, value in request.scope["headers"]:
+        if key == name:
+            found: str = value.decode("latin-1")
+            return found
+    return None
 
 
 class _Answer(Response):
@@ -141,9 +144,9 @@ async def body(request: Request, most: int) -> bytes:
     Raises:
         HTTPException: it is larger, compressed, or cut off.
     """
-    if (_header(request, "content-encoding") or "identity") != "identity":
+    if (_header(request, b"content-encoding") or "identity") != "identity":
         raise HTTPException(415, "the body is compressed; send it as it is")
-    length = _header(request, "content-length") or "0"
+    length = _header(request, b"content-length") or "0"
     if length.isdigit() and int(length) > most:
         raise HTTPException(
             413, f"the body has {length[:20]} bytes; at most {most} are read", {"Connection": "close"}
@@ -169,7 +172,7 @@ class _Door:
         """The handler, for callers who have the right; errors as statuses."""
 
         async def guarded(request: Request) -> Response:
-            caller = tokens.find(self._served.callers, _header(request, "authorization"))
+            caller = tokens.find(self._served.callers, _header(request, b"authorization"))
             if caller is None:
                 self._served.counters.denied.inc()
                 return _json(
@@ -226,7 +229,9 @@ class _Door:
         answer, length = wire.answer(found.outputs, asked, head)
         if length is None:
             return _Answer(answer)
-        return Response(answer, headers={_LENGTH: str(length)}, media_type="application/octet-stream")
+        return Response(
+            answer, headers={_LENGTH.decode(): str(length)}, media_type="application/octet-stream"
+        )
 
     async def metadata(self, request: Request, caller: Caller) -> Response:
         found = self._find(request)

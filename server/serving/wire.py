@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from consortium.server.serving.tensors import DATATYPES, Given, RequestError, framed
+from consortium.server.serving.tensors import DATATYPES, Given, Numbers, RequestError, framed
 
 MAX_ID = 200
 MAX_TENSORS = 10_000
@@ -28,7 +28,7 @@ class Asked:
     """A request. outputs: wanted ones by name and whether in binary, all where there are none. binary: the default."""
 
     id: str
-    given: tuple[Given, ...]
+    given: Sequence[Given]
     outputs: Mapping[str, bool]
     binary: bool
 
@@ -41,7 +41,8 @@ def parse(body: bytes, header_length: str | None) -> Asked:
     """
     if header_length is None:
         try:
-            return _usual(_USUAL.decode(body))
+            usual = _USUAL.decode(body)
+            return Asked(usual.id, usual.inputs, {}, False)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             pass  # what is unusual, or wrong, is looked at below, which can say what it is
     length = len(body) if header_length is None else _length(header_length, len(body))
@@ -50,7 +51,8 @@ def parse(body: bytes, header_length: str | None) -> Asked:
     identity = document.get("id", "")
     if not isinstance(identity, str) or len(identity) > MAX_ID:
         raise RequestError(f"'id': a text of at most {MAX_ID} letters is expected")
-    given, place = [], length
+    given: list[Given] = []
+    place = length
     for number, one in enumerate(_list(document, "inputs", required=True)):
         tensor, place = _tensor(one, f"inputs[{number}]", body, place)
         given.append(tensor)
@@ -64,7 +66,7 @@ def parse(body: bytes, header_length: str | None) -> Asked:
         if "classification" in own:
             raise RequestError(f"{where}: the classification extension is not served")
         outputs[_text(one, "name", where)] = _flag(own, "binary_data", binary)
-    return Asked(identity, tuple(given), outputs, binary)
+    return Asked(identity, given, outputs, binary)
 
 
 def answer(
@@ -137,31 +139,14 @@ def compact(document: Mapping[str, Any]) -> bytes:
         return json.dumps(document, separators=(",", ":")).encode()
 
 
-_Whole = Annotated[int, msgspec.Meta(ge=0, lt=2**40)]
-
-
-class _Numbers(msgspec.Struct, forbid_unknown_fields=True, gc=False):
-    """A tensor of numbers in JSON: a column, flat."""
-
-    name: str
-    datatype: str
-    shape: tuple[_Whole, _Whole]
-    data: list[int | float]
-
-
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
     """A request as nearly all are. It is read in one pass, which does not say what is wrong where something is."""
 
-    inputs: Annotated[list[_Numbers], msgspec.Meta(max_length=MAX_TENSORS)]
+    inputs: Annotated[list[Numbers], msgspec.Meta(max_length=MAX_TENSORS)]
     id: Annotated[str, msgspec.Meta(max_length=MAX_ID)] = ""
 
 
 _USUAL = msgspec.json.Decoder(_Request)
-
-
-def _usual(found: _Request) -> Asked:
-    given = tuple([Given(one.name, one.datatype, one.shape, one.data, True) for one in found.inputs])
-    return Asked(found.id, given, {}, False)
 
 
 def _length(text: str, most: int) -> int:
