@@ -306,7 +306,7 @@ def _withdraw(place: Path, said: Delivery) -> None:
     """Let the bundle itself say so, wherever it is opened."""
     if place.is_dir():
         marker = {"format": 1, "why": said.withdrawn, "at": said.at}
-        write_private(place / WITHDRAWN, json.dumps(marker).encode())
+        write_private(place / WITHDRAWN, json.dumps(marker).encode(), place.parent)
 
 
 def program(*words: object) -> list[str]:

@@ -12,18 +12,23 @@ from pathlib import Path
 from consortium.protocol.errors import InputError
 
 
-def write_private(path: Path, content: bytes) -> None:
+def write_private(path: Path, content: bytes, beside: Path | None = None) -> None:
     """Put `content` in place of what was at `path`, whole or not at all, mode 0600; it survives a power cut.
+
+    beside: a folder on the same disk for the file until it is whole, where that of `path` may hold no other file, not
+    for a moment and not after a power cut.
 
     Raises:
         OSError: the disk is full, read-only, and the like; what was there is untouched then.
     """
-    write_pieces(path, [content])
+    write_pieces(path, [content], beside)
 
 
-def write_pieces(path: Path, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
+def write_pieces(
+    path: Path, pieces: Iterable[bytes | bytearray | memoryview], beside: Path | None = None
+) -> None:
     """As `write_private`, of content that is never in memory as a whole."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    partial = (beside or path.parent) / f".{path.name}.{secrets.token_hex(4)}"
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

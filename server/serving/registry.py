@@ -31,6 +31,9 @@ from consortium.server.serving.versions import CANDIDATE, CHAMPION, Act, Shelf, 
 
 STATE = "registry.json"
 _LOCK = ".lock"
+_UNFINISHED = (
+    ".new.*", f".{STATE}.*", f"*/.{seal.SIGNATURE}.*", f"*/.{seal.WITHDRAWN}.*", "*/.*.gate.json.*",
+)  # fmt: skip
 
 
 class Registry:
@@ -162,11 +165,7 @@ class Registry:
             content = change(path.read_bytes())
             approved = vouching.approved_by(path, json.loads(content), sealed.signer, sealed.digest)
             after = self._noted(state, name, shelf, "approve", number, done[3])
-            # Beside the bundle first, which holds no other file, not for a moment.
-            beside = place.with_name(f".{number}.{seal.SIGNATURE}")
-            write_private(beside, content)
-            beside.replace(path)
-            sync_folder(place)
+            write_private(path, content, place.parent)
             self._keep(after)
         return approved
 
@@ -209,7 +208,7 @@ class Registry:
                 place.is_dir()
             ):  # a bundle that is gone cannot be opened; one that comes back is withdrawn by the state
                 marker = {"format": seal.FORMAT, "why": version.why, "at": self._clock()}
-                write_private(place / seal.WITHDRAWN, json.dumps(marker).encode())
+                write_private(place / seal.WITHDRAWN, json.dumps(marker).encode(), place.parent)
             if after is not None:
                 self._keep(after)
         return shelf
@@ -258,9 +257,16 @@ class Registry:
         descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+            self._sweep()
             yield State() if new and not (self.folder / STATE).exists() else self.state()
         finally:
             os.close(descriptor)
+
+    def _sweep(self) -> None:
+        """Remove what a power cut or a crash left of acts that never were."""
+        for pattern in _UNFINISHED:
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _noted(self, state: State, name: str, shelf: Shelf, act: str, number: int, why: str = "") -> State:
         """The state with one act more, which the federation's audit log tells of when this returns."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from power_cut import VARIANTS, Disk, How, PowerCut
+from power_cut import VARIANTS, Disk, How, PowerCut, interrupted
 from scripted import Script, Scripted, honest
 
 from consortium.client.seen import Place, Seen
@@ -25,7 +25,7 @@ from consortium.protocol.layout import Array, Segment
 from consortium.protocol.messages import Answer, Instruction, Payload, encode
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.signing import ANSWER, raw, sign
-from consortium.server import checkpoint, seal
+from consortium.server import checkpoint
 from consortium.server.archive import Archive
 from consortium.server.coordinator import run
 from consortium.server.export import place
@@ -33,7 +33,6 @@ from consortium.server.kept_answers import KeptAnswers
 from consortium.server.link import nameless
 from consortium.server.offers import Offer, Received, Spooled
 from consortium.server.records import Outcome, Plan, RunState
-from consortium.server.serving.registry import Registry
 from consortium.server.store import Store
 from consortium.strategies.named import fedadam
 
@@ -218,28 +217,20 @@ def test_an_answer_and_the_next_state_are_kept_or_not(
 ) -> None:
     """A site's first answer in a folder that is not there yet, and a later one: kept with the state, or neither; what
     `save` returned from is there, and the same instruction gets the same bytes."""
-    for at in range(40):
-        folder = private_folder(tmp_path / f"{at}")
+    before, after = (Kept() if first else kept(1)), kept(2)
+
+    def prepare(folder: Path) -> None:
         if not first:
             SiteStore(folder / "state", RUN).save(kept(1))
-        before, after = (Kept() if first else kept(1)), kept(2)
-        disk, over = Disk(folder, at, how), False
-        with disk.recording(monkeypatch):
-            try:
-                SiteStore(folder / "state", RUN).save(after)
-                over = True
-            except (OSError, ConsortiumError):
-                assert how == "fails"
-            except PowerCut:
-                pass
-        for variant in VARIANTS:
-            found = SiteStore(disk.after(variant, tmp_path / f"{at}-{variant}") / "state", RUN).load()
-            assert same(found, after) if over else same(found, before) or same(found, after)
-            again = found.answer_to(instruction(2))
-            assert again is None or encode(again)[0] == encode(after.last)[0]  # type: ignore[arg-type]
-        if over and len(disk.log) <= at:
-            return
-    pytest.fail("this has more operations than are tried")
+
+    def save(folder: Path) -> None:
+        SiteStore(folder / "state", RUN).save(after)
+
+    for one in interrupted(tmp_path, monkeypatch, how, prepare, save):
+        found = SiteStore(one.folder / "state", RUN).load()
+        assert same(found, after) if one.over else same(found, before) or same(found, after)
+        again = found.answer_to(instruction(2))
+        assert again is None or encode(again)[0] == encode(after.last)[0]  # type: ignore[arg-type]
 
 
 def accept(folder: Path) -> None:
@@ -268,26 +259,10 @@ def exported(folder: Path) -> object:
     return {path.name: path.read_bytes() for path in found.iterdir()} if found.exists() else None
 
 
-def register(folder: Path) -> None:
-    bundle = private_folder(folder.with_name(f"{folder.name}-bundle"))
-    (bundle / "contract.json").write_bytes(b"{}")
-    (bundle / "manifest.json").write_bytes(seal.manifest({"contract.json": "0" * 64}, None))
-    Registry(folder / "models", lambda: 2e9, "test").register(bundle, "m", lambda copy: "model")
-
-
-def registered(folder: Path) -> object:
-    registry = Registry(folder / "models", lambda: 2e9)
-    if not (folder / "models" / "registry.json").exists():
-        return None
-    shelf = registry.state().models["m"]
-    return sorted(path.name for path in registry.bundle("m", shelf, 1).iterdir())
-
-
 DURABLE = [
     (accept, accepted, Place(2, 0)),
     (write, written, b"new"),
     (export_bundle, exported, {"contract.json": b"{}", "model.onnx": b"graph"}),
-    (register, registered, ["contract.json", "manifest.json"]),
 ]
 
 
@@ -301,28 +276,17 @@ def test_a_private_file_is_replaced_or_not(
     look: Callable[[Path], object],
     after: object,
 ) -> None:
-    """What was asked of a site last, any small file, a bundle, a version of a registry: the one before or the new one,
-    and the new one once it was said to be there, in a new folder too."""
-    for at in range(40):
-        folder = private_folder(tmp_path / f"{at}")
+    """What was asked of a site last, any small file, a bundle: the one before or the new one, and the new one once it
+    was said to be there, in a new folder too."""
+
+    def prepare(folder: Path) -> None:
         if do is accept:
             Seen(folder / "seen.json", lambda: 2e9).accept(RUN, Place(1, 0))
-        before = look(folder)
-        disk, over = Disk(folder, at, how), False
-        with disk.recording(monkeypatch):
-            try:
-                do(folder)
-                over = True
-            except (OSError, ConsortiumError):
-                assert how == "fails"
-            except PowerCut:
-                pass
-        for variant in VARIANTS:
-            found = look(disk.after(variant, tmp_path / f"{at}-{variant}"))
-            assert found == after if over else found in (before, after)
-        if over and len(disk.log) <= at:
-            return
-    pytest.fail("this has more operations than are tried")
+
+    prepare(private_folder(tmp_path / "before"))
+    before = look(tmp_path / "before")
+    for one in interrupted(tmp_path, monkeypatch, how, prepare, do):
+        assert look(one.folder) == after if one.over else look(one.folder) in (before, after)
 
 
 # Answers on their way
@@ -339,8 +303,8 @@ def asking(round: int) -> bytes:
     return encode(instruction(round))[0]
 
 
-def answered(folder: Path, round: int) -> bytes:
-    """Keep what was asked, and an answer to it, as the site door does; its content."""
+def answered(folder: Path, round: int) -> None:
+    """Keep what was asked, and an answer to it, as the site door does."""
     update = np.full(3, round, np.float32)
     answer = Answer.to_instruction(instruction(round), weight=1.0, payload=Payload({"shared": update}))
     header, views = encode(answer)
@@ -349,7 +313,6 @@ def answered(folder: Path, round: int) -> bytes:
     spool, offer = kept_answers(folder), Offer(RUN, "a", f"n{round}", asking(round), b"", None, 0, 10_000)
     spool.begin(RUN, {"round": round})
     spool.keep(offer, sign(ONE, ANSWER, header), Received("a", header, content))
-    return update.tobytes()
 
 
 @pytest.mark.parametrize("how", ["fails", "torn", "cut"])
@@ -358,30 +321,19 @@ def test_an_answer_that_came_counts_whole_or_is_asked_again(
 ) -> None:
     """What is found of a question and of an answer is that of now, or of before, or nothing, and counts as an answer
     to its own question alone, byte for byte."""
-    for at in range(40):
-        folder = private_folder(tmp_path / f"{at}")
-        before = answered(folder, 1)
-        disk, over = Disk(folder, at, how), False
-        with disk.recording(monkeypatch):
-            try:
-                answered(folder, 2)
-                over = True
-            except ConsortiumError:
-                assert how == "fails"
-            except PowerCut:
-                pass
-        for variant in VARIANTS:
-            left = disk.after(variant, tmp_path / f"{at}-{variant}")
-            asked = kept_answers(left).asked(RUN)
-            assert asked in (None, {"round": 1}, {"round": 2})
-            for round, right in ((2, np.full(3, 2, np.float32).tobytes()), (1, before)):
-                found = kept_answers(left).answers(RUN, {"a": asking(round)}, 10_000)
-                if round == 2 and over and variant == "most":
-                    assert asked == {"round": 2}
-                    assert found
-                if found:
-                    assert found["a"].content is not None
-                    assert b"".join(map(bytes, found["a"].content.pieces(len(right)))) == right
-        if over and len(disk.log) <= at:
-            return
-    pytest.fail("this has more operations than are tried")
+    rights = {number: np.full(3, number, np.float32).tobytes() for number in (2, 1)}
+
+    def act(folder: Path) -> None:
+        answered(folder, 2)
+
+    for one in interrupted(tmp_path, monkeypatch, how, lambda folder: answered(folder, 1), act):
+        asked = kept_answers(one.folder).asked(RUN)
+        assert asked in (None, {"round": 1}, {"round": 2})
+        for round, right in rights.items():  # what answers no question of now is removed
+            found = kept_answers(one.folder).answers(RUN, {"a": asking(round)}, 10_000)
+            if round == 2 and one.over and one.variant == "most":
+                assert asked == {"round": 2}
+                assert found
+            if found:
+                assert found["a"].content is not None
+                assert b"".join(map(bytes, found["a"].content.pieces(len(right)))) == right

@@ -4,31 +4,86 @@ The real operations run on the real folder; what is durable is kept beside, by t
 file's bytes are durable once it was fsynced, a name once its folder was. After a cut `Disk.after` lays what a machine
 could find at its next start: the least (only what is durable), the most (all that was done), or every name that was
 given with none of the bytes that were not yet forced out. SQLite's own writes are one operation, of which any number of
-bytes of its log may have reached the disk.
+bytes of its log may have reached the disk. Once the power is off, nothing that the program would clean up is done.
 """
 
 from __future__ import annotations
 
+import builtins
 import errno
+import io
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import pytest
 
+from consortium.protocol.errors import ConsortiumError
+from consortium.protocol.files import private_folder
 from consortium.server.store import Store
 
 How = Literal["fails", "torn", "cut"]
 """fails: with an OSError, and the program goes on. torn: half of a write is done, then a cut. cut: just before it."""
 VARIANTS = ("least", "most", "names")
-_CALLS = ("open", "write", "pwrite", "fsync", "link", "rename", "replace", "unlink", "mkdir")
+_CALLS = (
+    "open", "write", "pwrite", "sendfile", "ftruncate", "fsync", "link", "rename", "replace", "unlink", "mkdir",
+    "rmdir",
+)  # fmt: skip
+_WRITES = ("write", "pwrite", "sendfile")
 
 
 class PowerCut(BaseException):
     """The machine is off from here on."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is there after an act that was broken at one operation. over: whether it had returned.
+
+    variant: of `VARIANTS`, or "goes on": the program was told of the failure, and works in its folder still.
+    """
+
+    folder: Path
+    over: bool
+    variant: str
+    at: int
+
+
+def interrupted(
+    where: Path,
+    patch: pytest.MonkeyPatch,
+    how: How,
+    prepare: Callable[[Path], object],
+    act: Callable[[Path], object],
+    most: int = 60,
+) -> Iterator[Found]:
+    """Break an act at each of its file operations in turn, in a folder of its own that `prepare` fills; what is found
+    then, in every variant. The last ones are those of an act that nothing happened to."""
+    with patch.context() as quick:
+        quick.setattr(os, "fsync", lambda _: None)  # what is durable is modelled
+        for at in range(most):
+            folder = private_folder(where / f"{at}")
+            prepare(folder)
+            disk, over = Disk(folder, at, how), False
+            with disk.recording(patch):
+                try:
+                    act(folder)
+                    over = True
+                except (OSError, ConsortiumError):
+                    assert how == "fails"
+                except PowerCut:
+                    pass
+            for variant in VARIANTS:
+                yield Found(disk.after(variant, where / f"{at}-{variant}"), over, variant, at)
+            if how == "fails":
+                yield Found(folder, over, "goes on", at)
+            if over and len(disk.log) <= at:
+                return
+    pytest.fail("this has more operations than are tried")
 
 
 class Disk:
@@ -40,6 +95,7 @@ class Disk:
         self._bytes: dict[int, bytes] = {}  # of files, the durable ones
         self._held: list[int] = []  # descriptors, so that no inode is given twice
         self._real = {name: getattr(os, name) for name in _CALLS}
+        self._off = False
         self.log: list[str] = []
         for folder, _, files in os.walk(root):
             self._force(Path(folder))
@@ -54,6 +110,8 @@ class Disk:
         with patch.context() as within:
             for name in _CALLS:
                 within.setattr(os, name, self._wrapped(name))
+            within.setattr(io, "open", self._open)
+            within.setattr(builtins, "open", self._open)
             transaction = Store.transaction
             within.setattr(Store, "transaction", lambda store: self._transaction(transaction, store))
             try:
@@ -68,40 +126,69 @@ class Disk:
         def call(*given: Any, **more: Any) -> Any:
             if not self._ours(name, given, more):
                 return real(*given, **more)
-            if self._step(name) and self._how == "torn" and name in ("write", "pwrite"):
-                fd, view = given[0], memoryview(given[1]).cast("B")
-                real(fd, view[: max(1, len(view) // 2)], *given[2:])
-                raise PowerCut
+            if self._step(name) and self._how == "torn" and name in _WRITES:
+                self._tear(name, real, given)
             if self._last():
                 self._end(name)
-            done = real(*given, **more)
-            if name == "fsync":
+            if name == "fsync":  # the real one would add nothing but time
                 self._force(Path(f"/proc/self/fd/{given[0]}"))
-            elif name == "open":
+                return None
+            done = real(*given, **more)
+            if name == "open":
                 self._opened(done, given[1])
             return done
 
         return call
 
+    def _tear(self, name: str, real: Callable[..., Any], given: tuple[Any, ...]) -> None:
+        if name == "sendfile":
+            real(*given[:3], max(1, os.fstat(given[1]).st_size // 2))
+        else:
+            view = memoryview(given[1]).cast("B")
+            real(given[0], view[: max(1, len(view) // 2)], *given[2:])
+        self._cut()
+
+    def _open(self, file: Any, mode: str = "r", buffering: int = -1, *more: Any, **named: Any) -> Any:
+        """As `open`, with each write of a file of ours an operation."""
+        if not set(mode) & set("wax+") or not self._ours("open", (file,), {}):
+            return self._open_real(file, mode, buffering, *more, **named)
+        assert "b" in mode or not more, "only what our programs use of it is modelled"
+        plain: Any = mode.replace("b", "").replace("t", "")
+        raw = _File(file, plain, opener=lambda at, how: os.open(at, how, 0o666))
+        if not buffering:
+            return raw
+        buffer: Any = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        return buffer if "b" in mode else io.TextIOWrapper(buffer, **named)
+
+    _open_real: Any = staticmethod(open)
+
     def _ours(self, name: str, given: tuple[Any, ...], more: dict[str, Any]) -> bool:
         if isinstance(given[0], int):
-            path = str(Path(f"/proc/self/fd/{given[0]}").readlink())
+            path = Path(f"/proc/self/fd/{given[0]}").readlink()
         else:
-            path = str(Path(given[-1] if name in ("rename", "replace") else given[0]).absolute())
-        return name == "link" or path.startswith(str(self._root))
+            path = Path(os.fsdecode(given[1] if name in ("rename", "replace") else given[0]))
+            within = more.get("dir_fd")
+            path = path.absolute() if within is None else Path(f"/proc/self/fd/{within}").readlink() / path
+        return name == "link" or path.is_relative_to(self._root)
 
     def _step(self, name: str) -> bool:
         """Note one operation; whether it is the last one."""
+        if self._off:
+            raise PowerCut
         self.log.append(name)
         return self._last()
 
     def _last(self) -> bool:
         return len(self.log) == self._at + 1
 
+    def _cut(self) -> NoReturn:
+        self._off = True
+        raise PowerCut
+
     def _end(self, name: str) -> None:
         if self._how != "fails":
-            raise PowerCut
-        raise OSError(errno.ENOSPC if name in ("write", "pwrite", "open") else errno.EIO, "as the test wants")
+            self._cut()
+        raise OSError(errno.ENOSPC if name in (*_WRITES, "open") else errno.EIO, "as the test wants")
 
     def _opened(self, fd: int, flags: int) -> None:
         about = os.fstat(fd)
@@ -119,12 +206,12 @@ class Disk:
             if last and self._how == "fails":
                 raise sqlite3.OperationalError("disk I/O error")
             if last and self._how == "cut":
-                raise PowerCut
+                self._cut()
         after = log.read_bytes()
         assert after.startswith(before), "a checkpoint of SQLite's own is not modelled"
         if last:
             self._force(log, before + after[len(before) :][: int(self._share * (len(after) - len(before)))])
-            raise PowerCut
+            self._cut()
         self._force(log)
 
     # What is left
@@ -169,3 +256,17 @@ class Disk:
                 # SQLite's log is what its own fsyncs made of it, in every variant.
                 kept = whole and not one.name.endswith("-wal")
                 (where / one.name).write_bytes(Path(one).read_bytes() if kept else known)
+
+
+class _File(io.FileIO):
+    """A file whose writes go through `os`."""
+
+    def write(self, content: Any, /) -> int:
+        """As of any file."""
+        return os.write(self.fileno(), content)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """As of any file."""
+        size = self.tell() if size is None else size
+        os.ftruncate(self.fileno(), size)
+        return size
