@@ -48,8 +48,9 @@ def check(federation: Federation) -> Checked:
     try:
         sites = witnessed(store, federation, restores(federation))
         head = verify(federation, list(sites.values()))
+        events = _events(store, federation)  # waits for a decision that is noted and not committed yet
         decisions = _decisions(store, federation.config.name)
-        return Checked(head, _events(store, federation), decisions, sites, _acts(federation))
+        return Checked(head, events, decisions, sites, _acts(federation))
     finally:
         store.close()
 
