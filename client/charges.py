@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,6 +57,7 @@ class Charges:
         self._home, self._connect, self._clock = home, connect, clock
         self.ledger = self._ledger = ledger_in(home, lock)
         self._shown: Head | None = None
+        self._copied: int | None = None
 
     def charge(self, about: Instruction, study: Study, data: str, most: float | None = None) -> Release:
         """Charge what an instruction asks to compute over a data set, unless it was charged before; gives what is to be
@@ -99,32 +101,51 @@ class Charges:
     def _show(self) -> None:
         connection = self._connect()
         try:
-            self._shown = show(self._home, self._ledger, connection)
+            self._shown, self._copied = show(self._home, self._ledger, connection, self._copied)
         finally:
             connection.close()
 
 
-def show(home: Home, ledger: Ledger, connection: Connection) -> Head:
-    """Show the server the ledger's head; its countersignature is kept, and the head returned.
+def show(home: Home, ledger: Ledger, connection: Connection, copied: int | None = None) -> tuple[Head, int]:
+    """Show the server the ledger's head, with the lines that it has no copy of (`privacy/ledger_copy.py`); its
+    countersignature is kept, and the head returned, with the number of the last line that it has a copy of.
+
+    copied: that number as it was last; a head and the lines up to it are then kept at once. None: it is asked first.
 
     Raises:
         IntegrityError: the server has seen entries that are not in this ledger, or its answer is not signed.
         ConsortiumError: it cannot be reached.
     """
     head = ledger.head
-    said = connection.request("POST", wire.LEDGER, {"format": wire.FORMAT, "head": head.text})
+    copied = head.sequence if copied is None else copied
+    for _ in range(head.sequence + 2):  # a server that says nonsense is not asked for ever
+        lines = ledger.copies(copied)
+        before, copied = copied, _shown(home, ledger, connection, head, lines)
+        if copied >= head.sequence or (copied == before and lines):
+            break
+    return head, min(copied, head.sequence)
+
+
+def _shown(home: Home, ledger: Ledger, connection: Connection, head: Head, lines: Mapping[int, bytes]) -> int:
+    """Show one head with some sealed lines; the number of the last line that the server has a copy of now."""
+    given = [[number, b64encode(line).decode()] for number, line in lines.items()]
+    said = connection.request(
+        "POST", wire.LEDGER, {"format": wire.FORMAT, "head": head.text, "copies": given}
+    )
     document = said.document()
     witness = Witness(Head.parse(wire.field(document, "head", str)), wire.field(document, "signature", str))
     _signed(home.trust(), ledger.name, witness)
     if not ledger.contains(witness.head):
         raise IntegrityError(
             f"{home.ledger_file}: the server has seen entry {witness.head.sequence}, which is not in this ledger: an "
-            "older copy was put back, or it was rewritten. Nothing is spent until the newest copy is back in its place"
+            "older copy was put back, or it was rewritten. Nothing is spent until the newest copy is back in its "
+            f"place; where that is lost, end the agent and type: consortium client restore --dir {home.folder}"
         )
     write_private(
         home.witness_file, json.dumps({"head": witness.head.text, "signature": witness.signature}).encode()
     )
-    return head
+    has = document.get("copied")
+    return has if type(has) is int and has >= 0 else head.sequence  # a server of a version before keeps none
 
 
 def checked(home: Home, ledger: Ledger) -> Head:

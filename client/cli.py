@@ -119,6 +119,42 @@ def leave(
 
 
 @client.command()
+def restore(folder: Folder, as_json: Json = False) -> None:
+    """Go on from an older copy of this folder, where the newest one is lost. No agent may run.
+
+    The ledger and the decisions that it lacks come back from the server, which keeps the ledger's entries encrypted by
+    this site. Of the audit log what is lost stays lost; the server notes where, and agrees that it goes on. Exit code 4
+    where what was spent cannot be made whole.
+
+    Example: consortium client restore --dir site
+    """
+    from consortium.client.program import held
+    from consortium.client.restoring import restore as make_whole
+
+    home = home_in(folder)
+    home.config  # noqa: B018 - refuses a folder that is no client's
+    with held(home):
+        found = make_whole(home, home.lock())
+    lost = None if found.audit is None else {"seen": found.audit.lost.text, "kept": found.audit.kept.text}
+    if as_json:
+        typer.echo(json.dumps({"ledger": found.ledger, "decisions": found.decisions, "lost_audit": lost}))
+        return
+    typer.echo(f"ledger     {found.ledger} entries came back from the server")
+    typer.echo(f"decisions  {found.decisions} entries came back from the server")
+    if found.audit is None:
+        typer.echo("audit log  nothing is lost")
+    else:
+        typer.echo(
+            f"audit log  what was shown after entry {found.audit.kept.sequence}, up to entry "
+            f"{found.audit.lost.sequence}, is lost; the server has noted it, and it goes on in a new epoch"
+        )
+    typer.echo(
+        f"\nNext: look through {home.policy_file} and the data sets, which are those of the older copy"
+    )
+    typer.echo(f"      consortium client start --dir {folder}")
+
+
+@client.command()
 def start(
     folder: Folder,
     print_unit: Annotated[

@@ -144,7 +144,7 @@ class Logs:
             raise IntegrityError(
                 f"{self._home.folder}: the server has seen {numbers}, which is not here: an older copy of this folder "
                 "was put back, or a log was rewritten. Nothing is done until the newest copy is back in its place; "
-                "where that is lost, join anew from a new folder"
+                f"where that is lost, end the agent and type: consortium client restore --dir {self._home.folder}"
             )
         head = said.heads.get(AUDIT)
         if head is None:

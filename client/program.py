@@ -47,7 +47,7 @@ def run(home: Home) -> None:
     os.umask(0o077)
     one_heap()
     config = home.config
-    with _alone(home):
+    with held(home):
         lock = home.lock()
         os.environ.pop(PASSPHRASE, None)
         _log_to(home)
@@ -119,7 +119,7 @@ def _calls(agent: Agent, home: Home) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _alone(home: Home) -> Iterator[None]:
+def held(home: Home) -> Iterator[None]:
     """Hold the folder: two agents would do the same work twice, and spoil each other's files."""
     try:
         lock = (home.folder / "agent.lock").open("w")

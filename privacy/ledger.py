@@ -22,6 +22,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from consortium.privacy import ledger_copy
 from consortium.privacy.accounting import Guarantee, Relation, Release, Unit, spent
 from consortium.privacy.mechanisms import Mechanism
 from consortium.protocol.chain import Entry, Head, verify
@@ -147,6 +148,7 @@ class Ledger:
     ) -> None:
         self._chain = Chain(path, name, key, earlier)
         self.path, self.name, self.keys = path, name, (key.public_key(), *earlier)
+        self._copy_key = ledger_copy.copy_key(key)
 
     @property
     def head(self) -> Head:
@@ -164,6 +166,10 @@ class Ledger:
     def entries(self) -> Iterator[Entry]:
         """All entries, in order."""
         return self._chain.entries()
+
+    def copies(self, after: int) -> Mapping[int, bytes]:
+        """Its lines after that number, by number, sealed for the server to keep; as many as are sent at once."""
+        return ledger_copy.sealed_after(self.path, self._copy_key, self.name, after)
 
     def contains(self, head: Head) -> bool:
         """Whether the ledger once ended with this head."""

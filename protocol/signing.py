@@ -16,8 +16,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from consortium.protocol.errors import IntegrityError
 
 INSTRUCTION, ANSWER, TRUST, JOIN = "instruction", "answer", "trust", "join"
-CHAIN, HEAD, MODEL, ENDINGS, EPOCH, GATE, DELIVERY, APPROVAL, MEMBER, HEADS, EVIDENCE = (
+CHAIN, HEAD, MODEL, ENDINGS, EPOCH, GATE, DELIVERY, APPROVAL, MEMBER, HEADS, EVIDENCE, SITE_EPOCH = (
     "chain", "head", "model", "endings", "epoch", "gate", "delivery", "approval", "member", "heads", "evidence",
+    "epoch of a site",
 )  # fmt: skip
 """The purposes."""
 SIGNATURE_BYTES = 64

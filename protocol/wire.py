@@ -16,7 +16,10 @@ whole. It is verified before the header is parsed; the content is hashed while i
     GET  /v1/proposals        the submitted studies, and the last decision of this site that the server knows
     POST /v1/approvals        {"entries"}: this site's decisions that the server does not know yet (client/approvals.py)
     POST /v1/renew            {"csr"}; a new certificate
-    POST /v1/ledger           {"head"} of the site's privacy ledger; the highest that the server has seen, countersigned
+    POST /v1/ledger           {"head", "copies"} of the site's privacy ledger: its end, and sealed lines; the highest
+                              that the server has seen, countersigned, and up to where it has copies
+    GET  /v1/copies/LOG/AFTER lines of the site's own ledger (sealed) or approvals after a number
+    POST /v1/restored         the site's folder was restored (`protocol/site_epoch.py`); countersigned
     POST /v1/heads            {"heads"} of the site's logs; the server's, and what it knows of the site's (`verify`)
     POST /v1/leave            {}; the site leaves the federation
     POST /v1/models/NAME      {"version", "nonce"}; what a model is and whether it may be used (protocol/delivery.py)
@@ -41,6 +44,7 @@ from consortium.protocol.messages import MAX_HEADER
 from consortium.protocol.signing import SIGNATURE_BYTES
 
 FORMAT = 1
+COPIES, RESTORED = "/v1/copies/", "/v1/restored"
 LEDGER, MODELS, MODEL_APPROVALS, HEADS = "/v1/ledger", "/v1/models/", "/v1/model-approvals", "/v1/heads"
 POLL, ANSWERS, STUDIES, TRUST, EPOCH, RENEW, LEAVE, PROPOSALS, APPROVALS = (
     "/v1/poll", "/v1/answers/", "/v1/studies/", "/v1/trust", "/v1/epoch/", "/v1/renew", "/v1/leave", "/v1/proposals",

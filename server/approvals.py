@@ -17,6 +17,8 @@ from consortium.protocol.signing import public_key
 from consortium.server.roster import Note, Roster, unnoted
 from consortium.server.store import Store
 
+PAGE = 100
+"""Decisions that a site is given at once."""
 MOST = 1000
 """Decisions that a site may send at once."""
 
@@ -50,6 +52,14 @@ class Approvals:
             *(site, self._roster.identity(site)),
         )
         return [Head(row["sequence"], row["hash"]) for row in rows]
+
+    def lines_of(self, site: str, after: int) -> list[str]:
+        """The decisions of a site after a number, as it signed them, oldest first; as many as are given at once."""
+        rows = self._store.rows(
+            "SELECT line FROM approvals WHERE site = ? AND identity = ? AND sequence > ? ORDER BY sequence LIMIT ?",
+            *(site, self._roster.identity(site), after, PAGE),
+        )
+        return [str(row["line"]) for row in rows]
 
     def take(self, site: str, lines: Sequence[str]) -> Head:
         """Keep decisions of a site that follow what is known of it.

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from consortium.privacy.ledger import ledger_name
-from consortium.protocol import heads
+from consortium.protocol import heads, site_epoch
 from consortium.protocol.audit import Audit, name_at_site
-from consortium.protocol.chain import Head
-from consortium.protocol.errors import IntegrityError
+from consortium.protocol.chain import Head, start_of
+from consortium.protocol.errors import IntegrityError, RefusedError
 from consortium.protocol.heads import APPROVALS, AUDIT, LEDGER, Shown
 from consortium.protocol.signing import fingerprint, public_key
+from consortium.protocol.site_epoch import Restored
 from consortium.server import ledger_heads
 from consortium.server.approvals import Approvals
 from consortium.server.federation import Federation
@@ -127,6 +128,56 @@ class SiteLogs:
         sql = "SELECT sequence, hash FROM heads WHERE log = ? ORDER BY sequence DESC LIMIT ?"
         rows = self._store.rows(sql, self._name(site, identity), MOST_SHOWN)
         return [Head(row["sequence"], row["hash"]).text for row in rows]
+
+    def restored(self, site: str, identity: str, document: Mapping[str, Any]) -> dict[str, str]:
+        """A site's folder was restored, and its audit log goes on without what was lost. It is in the server's own log,
+        with what was seen of the site before, when this returns; countersigned.
+
+        Raises:
+            IntegrityError: the site did not sign it, or it is not about what was seen of its log.
+            RefusedError: the server's own log lacks what the site has seen, so it is in no place to agree.
+        """
+        name, log = self._federation.config.name, self._name(site, identity)
+        one = site_epoch.verified(document, [public_key(identity)], name, site)
+        with self._lock:
+            self.keep()
+            known = self._of(site, identity)
+            if known.behind:
+                raise RefusedError(
+                    "the server's own audit log lacks what this site has seen of it; ask its admin to start the latest "
+                    "copy of its folder first"
+                )
+            if known.head is None or one.lost != known.head:
+                raise IntegrityError(
+                    "the entry that is said to be lost is not the last one that the server has seen of this site"
+                )
+            if not self._shares(log, one):
+                raise IntegrityError("the server has not seen the entry after which the log is said to go on")
+            what = {"site": site, "lost": one.lost.text, "kept": one.kept.text, "now": one.now.text}
+            self._note("site restored", {**what, "statement": dict(document)})
+            with self._store.transaction() as db:
+                db.execute("DELETE FROM heads WHERE log = ? AND sequence > ?", (log, one.kept.sequence))
+                row = (log, NEWEST, one.now.sequence, one.now.hash)
+                db.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?, ?)", row)
+            at = min(one.at, self._clock())
+            self._known[site, identity] = replace(known, head=one.now, at=at, trouble="")
+        _log.warning(
+            "site %s: its folder was restored; of its audit log what it had shown after entry %d, up to %d, is lost",
+            *(site, one.kept.sequence, one.lost.sequence),
+        )
+        return site_epoch.state(self._federation.instruction_key, one)
+
+    def _shares(self, log: str, one: Restored) -> bool:
+        """Whether a restored log goes on from an entry that was seen of it, or from none at all."""
+        if one.now.sequence < one.kept.sequence or one.kept.sequence > one.lost.sequence:
+            return False
+        if one.kept.sequence == 0:
+            return one.kept == start_of(log)
+        rows = self._store.rows(
+            "SELECT 1 FROM heads WHERE log = ? AND sequence = ? AND hash = ?",
+            *(log, one.kept.sequence, one.kept.hash),
+        )
+        return bool(rows)
 
     def keep(self) -> None:
         """Make all of it durable."""

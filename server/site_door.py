@@ -21,7 +21,7 @@ from consortium.privacy.ledger import ledger_name
 from consortium.protocol import delivery, endings, epoch, wire
 from consortium.protocol.chain import Head
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
-from consortium.protocol.heads import packed, unpacked
+from consortium.protocol.heads import APPROVALS, LEDGER, packed, unpacked
 from consortium.protocol.messages import Header, parse
 from consortium.protocol.signing import ANSWER, public_key, verify
 from consortium.protocol.wire import CHUNK
@@ -93,6 +93,8 @@ class SiteDoor:
             ("POST", wire.APPROVALS, self._decided),
             ("POST", wire.RENEW, self._renew),
             ("POST", wire.LEDGER, self._ledger),
+            ("GET", wire.COPIES, self._copies),
+            ("POST", wire.RESTORED, self._restored),
             ("POST", wire.HEADS, self._heads),
             ("POST", wire.LEAVE, self._leave),
             ("POST", wire.MODELS, self._model),
@@ -315,11 +317,32 @@ class SiteDoor:
 
     def _ledger(self, request: Request, site: str) -> Response:
         """Keep the head of the site's privacy ledger; the highest that it ever showed, countersigned."""
-        head = Head.parse(wire.field(_document(request), "head", str))
+        document = _document(request)
+        head = Head.parse(wire.field(document, "head", str))
         federation, identity = self._federation, public_key(self._roster.identity(site))
         name = ledger_name(federation.config.name, site, identity)
-        witness = ledger_heads.countersigned(self._archive.store, federation.instruction_key, name, head)
-        return json_response({"head": witness.head.text, "signature": witness.signature})
+        store, lines = self._archive.store, ledger_heads.sent(document)
+        witness = ledger_heads.countersigned(store, federation.instruction_key, name, head, lines)
+        said = {"head": witness.head.text, "signature": witness.signature}
+        return json_response({**said, "copied": ledger_heads.copied(store, name)})
+
+    def _copies(self, request: Request, site: str) -> Response:
+        """Lines of the site's own logs, for one whose folder was restored."""
+        log, _, after = request.path.removeprefix(wire.COPIES).partition("/")
+        if log not in (LEDGER, APPROVALS) or not after.isdecimal() or len(after) > 15:
+            raise InputError("ledger/NUMBER or approvals/NUMBER would be right")
+        if log == APPROVALS:
+            return json_response({"lines": self._approvals.lines_of(site, int(after))})
+        identity = public_key(self._roster.identity(site))
+        name = ledger_name(self._federation.config.name, site, identity)
+        return json_response(ledger_heads.copies(self._archive.store, name, int(after)))
+
+    def _restored(self, request: Request, site: str) -> Response:
+        """The site's folder was restored: its audit log goes on in a new epoch."""
+        if self._logs is None:
+            return error_response(404, "there is no such route on the site door")
+        said = wire.field(_document(request), "restored", dict)
+        return json_response(self._logs.restored(site, self._roster.identity(site), said))
 
     def _model(self, request: Request, site: str) -> Response:
         """What a version of a model is, or that it was withdrawn; signed for this site's question."""

@@ -109,6 +109,12 @@ CREATE TABLE IF NOT EXISTS ledger_heads (  -- server/ledger_heads.py
     sequence INTEGER NOT NULL,
     hash TEXT NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS ledger_copies (  -- lines of the same, which the site alone can read
+    ledger TEXT NOT NULL,
+    sequence INTEGER NOT NULL,
+    sealed BLOB NOT NULL,
+    PRIMARY KEY (ledger, sequence)
+) STRICT;
 CREATE TABLE IF NOT EXISTS heads (    -- where audit logs of sites ended: server/heads.py
     log TEXT NOT NULL,
     place INTEGER NOT NULL,

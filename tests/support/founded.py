@@ -9,9 +9,11 @@ from pathlib import Path
 from consortium.protocol.joincode import JoinCode
 from consortium.server.approvals import Approvals
 from consortium.server.archive import Archive
+from consortium.server.audit import open_audit
 from consortium.server.enrolment import Enrolment
 from consortium.server.exchange import Exchange
 from consortium.server.federation import Federation
+from consortium.server.heads import SiteLogs
 from consortium.server.listener import Caps, Listener, Request, Response
 from consortium.server.roster import Roster
 from consortium.server.site_door import SiteDoor
@@ -41,6 +43,7 @@ class Doors:
     site: Listener
     enrolment: Listener
     clock: Clock = field(default_factory=Clock)
+    logs: SiteLogs | None = None
 
     def code(self, site: str, seconds: float = 3600.0) -> str:
         """Invite a site; its join code."""
@@ -64,21 +67,28 @@ def found(folder: Path, name: str = "lung", now: float | None = None) -> Federat
 
 
 @contextmanager
-def open_doors(folder: Path, name: str = "lung", wrap: Wrap = lambda handler: handler) -> Iterator[Doors]:
-    """Found a federation in `folder` and open its doors. wrap: goes around the enrolment door's handler."""
+def open_doors(
+    folder: Path, name: str = "lung", wrap: Wrap = lambda handler: handler, log: bool = False
+) -> Iterator[Doors]:
+    """Found a federation in `folder` and open its doors. wrap: goes around the enrolment door's handler. log: whether
+    there is an audit log, and heads of logs are exchanged."""
     federation, clock = found(folder, name), Clock()
     store = Store(folder / "consortium.db")
     roster = Roster(store, clock)
     archive = Archive(store, folder / "checkpoints")
     exchange = Exchange(lambda header: b"", folder / "spool", roster.is_member)
     approvals = Approvals(store, roster, name, clock)
-    site_door = SiteDoor(federation, roster, archive, exchange, approvals)
+    logs = None
+    if log:
+        own = open_audit(federation)
+        logs = SiteLogs(store, federation, own, approvals, own.note)
+    site_door = SiteDoor(federation, roster, archive, exchange, approvals, logs)
     site = Listener(HOST, 0, federation.site_context, site_door.handle, Caps(), roster.admit)
     enrolment = Listener(HOST, 0, federation.open_context, wrap(Enrolment(federation, roster).handle), Caps())
     site.start()
     enrolment.start()
     try:
-        yield Doors(federation, store, roster, site, enrolment, clock)
+        yield Doors(federation, store, roster, site, enrolment, clock, logs)
     finally:
         site.stop(1.0)
         enrolment.stop(1.0)
