@@ -11,29 +11,27 @@ be withdrawn is in the site's audit log before it counts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import secrets
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from consortium.client import fetching
 from consortium.client.audit import LONGEST, Note
 from consortium.client.home import Home
 from consortium.protocol import wire
 from consortium.protocol.connection import Connection, StatusError
-from consortium.protocol.delivery import MODEL_NAME, Delivery, File, approval, verified
-from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError, RefusedError
+from consortium.protocol.delivery import MODEL_NAME, Delivery, approval, verified
+from consortium.protocol.errors import InputError, IntegrityError, RefusedError
 from consortium.protocol.exclusive import alone
-from consortium.protocol.files import private_folder, sync_folder, write_private
+from consortium.protocol.files import private_folder, sweep, write_private
 from consortium.protocol.signing import APPROVAL, sign
 
 STANDING, WITHDRAWN = "standing.json", "withdrawn.json"
@@ -67,14 +65,15 @@ def pull(
         IntegrityError: it was withdrawn, or what came is not what the server signed; the file is named.
     """
     folder, said = _meant(home, connection, name, 0)
-    _fetch_missing(connection, folder, said, progress)
+    fetching.fetch_missing(connection, folder, said, progress)
     with alone(folder):
         # While it was fetched, which may be long, it may have been withdrawn.
         document, now = _asked(home, connection, name, said.version)
         _refuse_withdrawn(now)
-        _put(folder, said)
         note("pulled", _about(now))
+        fetching.put(folder, said)
         write_private(folder / STANDING, json.dumps(document).encode())
+        sweep(folder, STANDING, WITHDRAWN)
     return now
 
 
@@ -88,9 +87,9 @@ def fetch(home: Home, connection: Connection, name: str, version: int) -> tuple[
     Raises: as `pull`.
     """
     folder, said = _meant(home, connection, name, version)
-    _fetch_missing(connection, folder, said, lambda *_: None)
+    fetching.fetch_missing(connection, folder, said, lambda *_: None)
     with alone(folder):
-        return _put(folder, said), said
+        return fetching.put(folder, said), said
 
 
 def approve(
@@ -135,92 +134,6 @@ def _asked(home: Home, connection: Connection, name: str, version: int) -> tuple
         raise
     config = home.config
     return document, verified(document, home.trust().keys, config.federation, config.site, name, nonce)
-
-
-def _part(folder: Path, said: Delivery) -> Path:
-    return folder / f".{said.version}.part"
-
-
-def _missing(place: Path, said: Delivery) -> dict[str, File]:
-    """The files that are not in a folder as they should be."""
-    return {
-        name: one
-        for name, one in said.files.items()
-        if not (place / name).is_file() or _digest(place / name) != one.sha256
-    }
-
-
-def _fetch_missing(
-    connection: Connection, folder: Path, said: Delivery, progress: Callable[[int, int], None]
-) -> None:
-    """Fetch what is not here of a version, beside it."""
-    missing, part = _missing(folder / str(said.version), said), private_folder(_part(folder, said))
-    whole = sum(one.size for one in missing.values())
-    disk = os.statvfs(part)
-    if whole > disk.f_bavail * disk.f_frsize:
-        raise InputError(f"{part}: there is no room for {whole} bytes on this disk")
-    for path in part.iterdir():
-        if path.name not in missing:
-            path.unlink()
-    done = 0
-    for name, one in missing.items():
-        route = f"{wire.MODELS}{quote(said.model)}/{said.version}/{name}"
-        for count in _fetch(connection, route, one, part / name):
-            done += count
-            progress(done, whole)
-
-
-def _put(folder: Path, said: Delivery) -> Path:
-    """Put what was fetched into the version's folder, file by file: whoever uses that finds it at every moment."""
-    place, part = folder / str(said.version), _part(folder, said)
-    if not place.is_dir():
-        sync_folder(part)
-        part.rename(place)
-    else:
-        for path in part.iterdir():
-            path.replace(place / path.name)
-        part.rmdir()
-        for path in place.iterdir():
-            if path.name not in said.files:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        sync_folder(place)
-    sync_folder(folder)
-    return place
-
-
-def _fetch(connection: Connection, route: str, one: File, path: Path) -> Iterator[int]:
-    """Fetch what is missing of a file; gives how many bytes came, those that were here first."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "r+b") as file:
-        sha, held = hashlib.sha256(), 0
-        while piece := file.read(min(wire.CHUNK, one.size - held)):
-            sha.update(piece)
-            held += len(piece)
-        yield held
-        file.truncate(held)
-        if held < one.size:
-            reply = connection.request("GET", f"{route}?from={held}")
-            while held < one.size and (piece := reply.read(min(wire.CHUNK, one.size - held))):
-                file.write(piece)
-                sha.update(piece)
-                held += len(piece)
-                yield len(piece)
-            reply.close()
-        file.flush()
-        os.fsync(file.fileno())
-    if held < one.size:
-        raise ConsortiumError(f"{path.name}: the connection broke after {held} bytes; type the same again")
-    if sha.hexdigest() != one.sha256:
-        path.unlink()
-        raise IntegrityError(f"{path}: is not what the server signed (SHA-256 differs); pull it again")
-
-
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(wire.CHUNK):
-            sha.update(piece)
-    return sha.hexdigest()
 
 
 def standing(home: Home, name: str) -> Delivery:
@@ -298,6 +211,7 @@ def _check(home: Home, connection: Connection, folder: Path, note: Note) -> None
             note("withdrawn", _about(said) | {"why": said.withdrawn[:LONGEST]})
         _withdraw(folder / str(said.version), said)
     write_private(folder / STANDING, json.dumps(document).encode())
+    sweep(folder, STANDING, WITHDRAWN)
     if said.withdrawn and not before.withdrawn:
         _log.warning("model %s@%d: was withdrawn: %s", name, said.version, said.withdrawn)
 

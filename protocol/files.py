@@ -46,6 +46,13 @@ def write_pieces(
     sync_folder(path.parent)
 
 
+def sweep(folder: Path, *names: str) -> None:
+    """Remove what a power cut left of files that were never whole. Nobody may write files of these names meanwhile."""
+    for name in names:
+        for path in folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
+
+
 EARLY = 8 << 20
 """Bytes after which the disk begins to take what was written."""
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE of <fcntl.h>
