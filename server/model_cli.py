@@ -12,7 +12,7 @@ import typer
 from consortium.protocol.cli import group
 from consortium.protocol.errors import InputError
 from consortium.server import gate_cli, int8_cli
-from consortium.server.serving import registry_cli, serve_cli
+from consortium.server.serving import features_cli, registry_cli, serve_cli
 
 if TYPE_CHECKING:
     from consortium.server.predicting import Report
@@ -30,6 +30,7 @@ def _model() -> None:
 
 registry_cli.add_to(model)
 serve_cli.add_to(model)
+model.add_typer(features_cli.features, name="features")
 int8_cli.add_to(model)
 model.command()(gate_cli.gate)
 

@@ -3,6 +3,7 @@
 DIR/tokens.json            who may ask
 DIR/server.pem root.pem    its certificate, made where none is given, and the root that callers trust
 DIR/records/               audit and feedback
+DIR/features/              features of predictions, where they are kept
 """
 
 from __future__ import annotations
@@ -12,24 +13,20 @@ import contextlib
 import json
 import logging
 import signal
-import socket
-import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import uvicorn
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from uvicorn.loops.auto import auto_loop_factory
 
 from consortium.protocol import credentials
-from consortium.protocol.errors import ConsortiumError, InputError, RefusedError
-from consortium.protocol.files import private_folder, write_private
-from consortium.server import pki, seal
-from consortium.server.serving import engine, registry, rpc, tokens, web
+from consortium.protocol.errors import ConsortiumError, RefusedError
+from consortium.protocol.files import private_folder
+from consortium.server import seal
+from consortium.server.serving import engine, features, listening, registry, rpc, tokens, web
 from consortium.server.serving.bounded import BoundedProtocol, cut_off_late
 from consortium.server.serving.counters import Counters
 from consortium.server.serving.desk import Desk
@@ -41,6 +38,8 @@ from consortium.server.serving.versions import Shelf
 LOOK_EVERY = 0.2
 """Seconds between two looks at the registry and the tokens."""
 MOST_CONNECTIONS = 512
+EXPIRE_EVERY = 60.0
+"""Seconds between two looks for features that have had their time."""
 _ENDING = 10
 """Seconds that requests under way have, once the program is told to end."""
 
@@ -52,7 +51,8 @@ class Settings:
     """path: a bundle or a registry. folder: the program's own. A port of 0 takes a free one; grpc_port None opens none.
 
     certificate: (chain, key) as PEM files, None to make them. client_ca: callers must show a certificate by it.
-    roots: fingerprints of federations whose models are served. unsigned: a simulation's model too.
+    roots: fingerprints of federations whose models are served. unsigned: a simulation's model too. keep_features: days
+    that the features of predictions are kept, None for not at all.
     """
 
     path: Path
@@ -64,6 +64,7 @@ class Settings:
     client_ca: Path | None = None
     roots: tuple[str, ...] = ()
     unsigned: bool = False
+    keep_features: int | None = None
 
 
 def serve(settings: Settings, ready: Callable[[dict[str, Any]], None]) -> None:
@@ -90,33 +91,41 @@ async def _serve(settings: Settings, ready: Callable[[dict[str, Any]], None]) ->
             f"{settings.folder}: nobody may ask yet; make a token first: consortium model token NAME --dir "
             f"{settings.folder}"
         )
-    context, grpc_credentials = _credentials(settings)
+    context, grpc_credentials = listening.tls(
+        settings.folder, settings.host, settings.certificate, settings.client_ca
+    )
+    if settings.keep_features is not None:
+        lock = credentials.lock_at(listening.key_file(settings.folder))
+        service.features = features.Features(settings.folder, lock, time.time, settings.keep_features)
     config = uvicorn.Config(
         web.app(service), http=BoundedProtocol, ws="none", lifespan="off", log_config=None, access_log=False,
         proxy_headers=False, server_header=False, limit_concurrency=MOST_CONNECTIONS, timeout_keep_alive=30,
         timeout_graceful_shutdown=_ENDING, ssl_context_factory=lambda *_: context,
     )  # fmt: skip
-    listening = _listen(settings.host, settings.port)
-    about = {"rest": f"https://{_bracketed(settings.host)}:{listening.getsockname()[1]}", "grpc": None}
+    rest = listening.listen(settings.host, settings.port)
+    about = {"rest": f"https://{listening.bracketed(settings.host)}:{rest.getsockname()[1]}", "grpc": None}
     door = None
     if settings.grpc_port is not None:
-        address = f"{_bracketed(settings.host)}:{settings.grpc_port}"
+        address = f"{listening.bracketed(settings.host)}:{settings.grpc_port}"
         door, port = rpc.server(service, address, grpc_credentials, MOST_CONNECTIONS)
         await door.start()
-        about["grpc"] = f"{_bracketed(settings.host)}:{port}"
+        about["grpc"] = f"{listening.bracketed(settings.host)}:{port}"
     server = _Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, server.end)
     cutting = asyncio.create_task(cut_off_late(server.server_state.connections))
     watching = asyncio.create_task(_watch(watcher, service, settings.folder))
+    expiring = asyncio.create_task(_expire(settings.folder))
     telling = asyncio.create_task(_tell(server, about, service, ready))
     try:
-        await server.serve([listening])
+        await server.serve([rest])
     finally:
-        for task in (cutting, watching, telling):
+        for task in (cutting, watching, expiring, telling):
             task.cancel()
         if door is not None:
             await door.stop(_ENDING)
+        if service.features is not None:
+            service.features.close()
 
 
 class _Server(uvicorn.Server):
@@ -160,6 +169,16 @@ async def _watch(watcher: Watcher, service: Service, folder: Path) -> None:
             if str(error) != told:
                 _log.error("%s; what was served before goes on", error)
                 told = str(error)
+
+
+async def _expire(folder: Path) -> None:
+    """Delete features that have had their time, those of an earlier start that kept some too."""
+    while True:
+        try:
+            await asyncio.to_thread(features.expire, folder, time.time)
+        except ConsortiumError as error:
+            _log.error("%s; it is tried again in a minute", error)
+        await asyncio.sleep(EXPIRE_EVERY)
 
 
 def _mark(service: Service) -> None:
@@ -253,76 +272,3 @@ def _stamp(path: Path) -> object:
         about = path.stat()
         return about.st_ino, about.st_mtime_ns, about.st_size
     return None
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named, or asyncio does not see TCP, leaves Nagle's algorithm on, and answers wait for 40 ms.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise InputError(
-            f"{host}:{port}: cannot be listened on ({error.strerror}); give another --host or --port"
-        ) from error
-    return listening
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def _credentials(settings: Settings) -> tuple[ssl.SSLContext, grpc.ServerCredentials]:
-    """For both doors: TLS 1.3 at the REST door, and callers' certificates where a `client_ca` is given."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    with _naming_files():
-        if settings.certificate is not None:
-            chain, key = settings.certificate
-            context.load_cert_chain(chain, key)
-            pair = key.read_bytes(), chain.read_bytes()
-        else:
-            pair = _own(settings, context)
-        ca = None
-        if settings.client_ca is not None:
-            ca = settings.client_ca.read_bytes()
-            context.load_verify_locations(cadata=ca.decode())
-            context.verify_mode = ssl.CERT_REQUIRED
-    return context, grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
-
-
-@contextlib.contextmanager
-def _naming_files() -> Iterator[None]:
-    try:
-        yield
-    except ssl.SSLError as error:
-        raise InputError(
-            f"--cert, --key or --client-ca: is no PEM as expected, or key and certificate differ ({error.reason})"
-        ) from error
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
-
-
-def _own(settings: Settings, context: ssl.SSLContext) -> tuple[bytes, bytes]:
-    """Key and chain of the certificate in the folder, made where it is missing, over or for another host."""
-    folder, now = settings.folder, time.time()
-    path = folder / "server.pem"
-    lock = credentials.lock_at(folder.with_name(folder.name + ".key"))
-    if path.exists():
-        _, chain = credentials.load(path, lock)
-        stale = credentials.due(chain[0], now) or pki.general_name(settings.host) not in pki.names(chain[0])
-    if not path.exists() or stale:
-        root_key, key = pki.new_key(), pki.new_key()
-        root = pki.root(root_key, "served models", now)
-        issuer = pki.Authority(
-            root_key, root
-        )  # its key is not kept: the next certificate has a root of its own
-        leaf = pki.server_leaf(key.public_key(), issuer, "served models", settings.host, now)
-        write_private(folder / "root.pem", credentials.pem([root]))
-        credentials.save(path, key, [leaf], lock)
-    key, chain = credentials.load(path, lock)
-    credentials.present(context, path, lock)
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return private, credentials.pem(chain)

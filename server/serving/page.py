@@ -107,7 +107,7 @@ input, select, button { font: inherit; padding: .25rem .5rem; } #error { color: 
 
 _BODY = """
 <h1>A model, served</h1>
-<p>The answers of this model are computed from what you type; nothing of it is kept but that you asked. An answer is
+<p>The answers of this model are computed from what you type; KEPT. An answer is
 help for a professional's judgement, and no diagnosis or decision by itself.</p>
 <form id="enter"><label>Token <input id="token" type="password" autocomplete="off" required></label>
 <button>Open</button></form>
@@ -119,11 +119,21 @@ help for a professional's judgement, and no diagnosis or decision by itself.</p>
 </section>
 """
 
-HTML = (
+_HTML = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>A model, served</title>'
     '<meta name="viewport" content="width=device-width"><style>'
     f"{_STYLE}</style></head><body>{_BODY}<script>{_SCRIPT}</script></body></html>"
 )
+
+
+def html(kept_days: int | None) -> str:
+    """The page. kept_days: how long what is typed is kept, None where it is not."""
+    kept = "nothing of it is kept but that you asked"
+    if kept_days is not None:
+        kept = (
+            f"it is kept, encrypted, for {kept_days} day{'' if kept_days == 1 else 's'}, and that you asked"
+        )
+    return _HTML.replace("KEPT", kept)
 
 
 def _hash(text: str) -> str:

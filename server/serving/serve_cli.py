@@ -6,9 +6,12 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from consortium.server.serving.host import Settings
 
 Dir = Annotated[
     Path, typer.Option("--dir", help="The serving program's folder: tokens, certificate, records.")
@@ -51,6 +54,16 @@ def serve(
         ),
     ] = None,
     unsigned: Annotated[bool, typer.Option("--unsigned", help="Serve a simulation's model too.")] = False,
+    keep_features: Annotated[
+        int | None,
+        typer.Option(
+            "--keep-features",
+            metavar="DAYS",
+            min=1,
+            max=3650,
+            help="Keep the features of each prediction, encrypted, for so many days; by default none is kept.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Say where it listens as one JSON line.")] = False,
 ) -> None:
     """Serve predictions over TLS: Open Inference Protocol, REST and gRPC, for whoever has a token.
@@ -77,13 +90,13 @@ def serve(
         client_ca=client_ca,
         roots=seal.fingerprints(tuple(root or ())),
         unsigned=unsigned,
+        keep_features=keep_features,
     )
+    run(settings, lambda about: _say(settings, about, as_json))
 
-    run(settings, lambda about: _tell(about, None if cert is not None else folder / "root.pem", as_json))
 
-
-def _tell(about: dict[str, Any], root: Path | None, as_json: bool) -> None:
-    """Say what is served, and where. root: of the certificate that was made here."""
+def _say(settings: Settings, about: dict[str, Any], as_json: bool) -> None:
+    """Where it listens, and what is served there."""
     if as_json:
         typer.echo(json.dumps(about))
         return
@@ -92,8 +105,10 @@ def _tell(about: dict[str, Any], root: Path | None, as_json: bool) -> None:
     typer.echo(f"REST   {about['rest']}")
     if about["grpc"]:
         typer.echo(f"gRPC   {about['grpc']}")
-    if root is not None:
-        typer.echo(f"root   {root}, which callers trust")
+    if settings.certificate is None:
+        typer.echo(f"root   {settings.folder / 'root.pem'}, which callers trust")
+    if settings.keep_features is not None:
+        typer.echo(f"the features of every prediction are kept for {settings.keep_features} days, encrypted")
     sys.stdout.flush()
 
 

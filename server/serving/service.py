@@ -11,6 +11,7 @@ from consortium.protocol.errors import ConsortiumError
 from consortium.server.serving.counters import Counters
 from consortium.server.serving.desk import Desk
 from consortium.server.serving.engine import AbsentError, Arrays, Engine, Loaded, OverloadedError
+from consortium.server.serving.features import Features
 from consortium.server.serving.tensors import Given, RequestError, datatype, shape
 from consortium.server.serving.tokens import Caller
 
@@ -29,12 +30,14 @@ class Predicted:
 
 @dataclass
 class Service:
-    """What both doors share. callers: by the SHA-256 of their token; replaced whole."""
+    """What both doors share. callers: by the SHA-256 of their token; replaced whole. features: where those of
+    predictions are kept, None where they are not."""
 
     engine: Engine
     desk: Desk
     counters: Counters
     callers: Mapping[str, Caller]
+    features: Features | None = None
 
     async def predict(
         self,
@@ -51,7 +54,7 @@ class Service:
             AbsentError: there is no such model or version.
             RequestError: the request does not fit the model's contract.
             OverloadedError: too much waits.
-            ConsortiumError: the audit cannot be written, so nothing is answered.
+            ConsortiumError: the audit, or the features that must be kept, cannot be written, so nothing is answered.
         """
         started = time.perf_counter()
         found: Loaded | None = None
@@ -63,6 +66,8 @@ class Service:
             outputs = await found.lane.predict(arrays)
             rows = len(next(iter(arrays.values())))
             identity = self.desk.new_id(name, found.version)
+            if self.features is not None:
+                self.features.keep(identity, name, found.version, arrays)
             taken = time.perf_counter() - started
             self.desk.note(
                 {

@@ -196,7 +196,10 @@ class _Door:
     # For anybody
 
     async def page(self, request: Request) -> Response:
-        return Response(page.HTML, headers=page.HEADERS, media_type="text/html")
+        kept = self._served.features
+        return Response(
+            page.html(None if kept is None else kept.days), headers=page.HEADERS, media_type="text/html"
+        )
 
     async def live(self, request: Request) -> Response:
         return _json({"live": True})
