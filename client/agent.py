@@ -307,6 +307,7 @@ class Agent:
                 taken.model,
                 self._seen.epoch,
                 taken.bundle,
+                self._seen.latest,
             )
         )
         _check_answer(taken, answered)

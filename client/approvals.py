@@ -20,6 +20,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from consortium.client import clock
 from consortium.client.audit import site_audit
 from consortium.client.home import Home
 from consortium.client.policy import beyond
@@ -45,6 +46,7 @@ class Approval:
     rounds: the most of one run. expires: seconds since the epoch. unconfined: its code may run without a sandbox.
     epsilon: the most that this study may spend of the data set, all its runs together; None: no limit of its own.
     by: "operator", or "policy" where policy.toml allowed it.
+    clock: times up to this one, at which the site acted, were ahead, as the operator said; 0: none was.
     """
 
     federation: str
@@ -58,6 +60,7 @@ class Approval:
     unconfined: bool = False
     by: str = "operator"
     epsilon: float | None = None
+    clock: float = 0.0
 
 
 def name_of(federation: str, site: str) -> str:
@@ -90,7 +93,10 @@ class Approvals:
             IntegrityError: the log is damaged, or behind what the server has seen.
         """
         write_private(private_folder(self._bundles) / f"{bundle.digest}{bundles.SUFFIX}", bundle.content)
-        return self._decided(key, APPROVED, asdict(approval), now)
+        body = asdict(approval)
+        if not approval.clock:
+            del body["clock"]  # which versions before do not know
+        return self._decided(key, APPROVED, body, now)
 
     def reject(self, key: Ed25519PrivateKey, bundle: Bundle, reason: str, now: float) -> Head:
         """Write a rejection down: of what was never approved, or of what was and is no more."""
@@ -128,13 +134,14 @@ class Approvals:
         return found[-1] if found else None
 
     def allowed(
-        self, key: Ed25519PublicKey, bundle: Bundle, about: Instruction, now: float
+        self, key: Ed25519PublicKey, bundle: Bundle, about: Instruction, now: float, latest: float = 0.0
     ) -> Approval | None:
         """The operator's approval of just this bundle for just this instruction; None where the operator has decided
-        nothing, so that the policy may.
+        nothing, so that the policy may. latest: when the site last acted, seconds since the epoch.
 
         Raises:
-            RefusedError: it was rejected, has expired, or goes beyond its limits.
+            RefusedError: it was rejected, has expired, or goes beyond its limits; or the clock was set back, so that
+                nobody can tell whether it has expired.
             IntegrityError: the log is not what it was, or its approval is not of this site, federation and study.
         """
         entry = self.last(key, bundle.digest)
@@ -150,6 +157,11 @@ class Approvals:
         if found != expected or (about.federation, about.site, about.study) != expected[:3]:
             raise IntegrityError(
                 f"approval: entry {entry.sequence} is not of this site, federation and study"
+            )
+        latest = max(latest, *(one.at for one in self.entries(key)))
+        if approval.clock < latest and (why := clock.why_not(now, latest)):
+            raise RefusedError(
+                f"approval: {why}, so that of {what} does not hold; the site's operator is to look"
             )
         if now >= approval.expires:
             raise RefusedError(f"approval: that of {what} has expired")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from consortium.client.clock import WasAhead, check, latest_of
 from consortium.client.options import Folder, Json, home_in
 from consortium.protocol.cli import group
 from consortium.protocol.errors import InputError
@@ -57,6 +58,7 @@ def budget(
     folder: Folder,
     delta: Delta = 1e-5,
     unit: Annotated[str, typer.Option("--unit", help="record, person or site.")] = "record",
+    clock_was_ahead: WasAhead = False,
 ) -> None:
     """Set what a data set may spend, in place of what was set before. What it has spent already counts.
 
@@ -74,10 +76,13 @@ def budget(
     home = home_in(folder)
     home.config  # noqa: B018 - refuses a folder that is no client's
     Datasets(home).get(name)
+    allowed = Budget(epsilon, delta, unit)
     book = ledger_in(home, home.lock())
-    book.allow(name, Budget(epsilon, delta, unit), time.time())
+    now = time.time()
+    check(now, latest_of(home, book.entries()), clock_was_ahead, f"data {name}: its budget is not set")
+    book.allow(name, allowed, now)
     about = {"data": name, "epsilon": epsilon, "delta": delta, "unit": unit, "ledger": book.head.text}
-    noted(home, "budget", about)
+    noted(home, "budget", about | ({"clock_was_ahead": True} if clock_was_ahead else {}))
     typer.echo(
         f"data {name}: may spend epsilon {epsilon:g} at delta {delta:g} per {unit}, in all studies together"
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from consortium.client.clock import WasAhead, check, latest_of, why_not
 from consortium.client.options import Folder, Json, home_in
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def approve(
         bool,
         typer.Option("--without-sandbox", help="Let its code run although this machine has no sandbox."),
     ] = False,
+    clock_was_ahead: WasAhead = False,
     as_json: Json = False,
 ) -> None:
     """Approve a study as it is now, byte for byte, for this site; it counts at once. `review` it first.
@@ -97,6 +99,8 @@ def approve(
     from consortium.protocol.errors import InputError
 
     desk = _Desk(folder)
+    now, latest = time.time(), latest_of(desk.home, desk.approvals.entries(desk.key.public_key()))
+    check(now, latest, clock_was_ahead, f"study '{name}' is not approved")
     bundle = desk.bundle(name)
     if not bundle.digest.startswith(bundled.lower()):
         raise InputError(
@@ -106,10 +110,11 @@ def approve(
     bundle.check_needs()
     chosen, _ = desk.data(data, must=True)
     most = bundle.study.rounds if rounds is None else rounds
-    now = time.time()
+    ahead = latest if why_not(now, latest) else 0.0
     approval = made(
-        desk.home, bundle, chosen, rounds=most, days=days, now=now, epsilon=epsilon, unconfined=unconfined
-    )
+        desk.home, bundle, chosen, rounds=most, days=days, now=now, epsilon=epsilon, unconfined=unconfined,
+        clock=ahead,
+    )  # fmt: skip
     desk.approvals.approve(desk.key, bundle, approval, now)
     desk.tell()
     if as_json:

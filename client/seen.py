@@ -62,6 +62,11 @@ class Seen:
         """When the run last moved on, seconds since the epoch; 0 where it is unknown."""
         return self._times.get(run, 0.0)
 
+    @property
+    def latest(self) -> float:
+        """The latest time at which an instruction was accepted, seconds since the epoch; 0 for never."""
+        return max(self._times.values(), default=0.0)
+
     def runs(self) -> list[str]:
         """Every run that is remembered and has not ended, the one that moved on last first."""
         return sorted(self._places.keys() - self._over, key=self.heard, reverse=True)
@@ -102,7 +107,8 @@ class Seen:
                 return False
             if last is not None and place <= last:
                 return place == last
-            self._write({**self._places, run: place}, {**self._times, run: self._clock()}, self._over)
+            at = max(self._clock(), self._times.get(run, 0.0))  # a clock that is set back takes nothing back
+            self._write({**self._places, run: place}, {**self._times, run: at}, self._over)
             return True
 
     def _write(

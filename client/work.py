@@ -47,7 +47,7 @@ class Given:
 
     header: as it was signed. about: the same, without its content. content: a file, None where it has none.
     model: SHA-256 of the model in the content, as it was found while the content was hashed; "" where it has none.
-    epoch: of the server that asks.
+    epoch: of the server that asks. latest: when this site last acted, by its own clock, seconds since the epoch.
     """
 
     header: bytes
@@ -57,6 +57,7 @@ class Given:
     model: str = ""
     epoch: int = 0
     bundle: Bundle | None = None
+    latest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,9 @@ class SiteWork:
         if given.about.kind == "judge" and not self._rules().gates:
             raise RefusedError("policy: gates = false: this site judges no model that is to be promoted")
         if given.bundle is not None:
-            approval = self._approvals.allowed(self._public, given.bundle, given.about, time.time())
+            approval = self._approvals.allowed(
+                self._public, given.bundle, given.about, time.time(), given.latest
+            )
             if approval is not None:
                 return self._registered(approval.data), approval.unconfined, approval.epsilon
         try:

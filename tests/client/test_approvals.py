@@ -260,7 +260,7 @@ def test_an_approvals_epsilon_reaches_the_ledger_before_anything_is_computed(des
 
     work = SiteWork(desk.home, desk.home.data_key(desk.home.lock()), desk.approvals, desk.public, charge)
     approval = made(desk.home, one, "patients", rounds=5, days=1, now=time.time(), epsilon=4.0)
-    desk.approvals.approve(desk.key, one, approval, NOW)
+    desk.approvals.approve(desk.key, one, approval, time.time())
     with pytest.raises(RefusedError, match="spent"):
         work.answer(Given(b"", desk.asked(one), None, one.study, bundle=one))
     assert told == [4.0]

@@ -59,10 +59,10 @@ class Site(Pair):
             self.ledger.charge(Charge("patients", question, "s" * 64, "record", "dp-sgd", release), 999, NOW)
             self.show()
 
-    def show(self) -> int:
+    def show(self, copied: int | None = None) -> int:
         connection = self.home.connection(self.home.lock())
         try:
-            return show(self.home, self.ledger, connection)[1]
+            return show(self.home, self.ledger, connection, copied)[1]
         finally:
             connection.close()
 
@@ -233,8 +233,9 @@ def test_another_history_of_a_ledger_leaves_no_copy(site: Site, tmp_path: Path) 
     site.put_back(tmp_path / "old")
     for number in range(2):
         site.ledger.allow("patients", Budget(50.0 + number, 1e-5, "record"), NOW)
-    with pytest.raises(IntegrityError, match="not in this ledger"):
-        site.show()
+    for copied in (None, 2):  # with the other lines, too
+        with pytest.raises(IntegrityError, match="not in this ledger"):
+            site.show(copied)
     found = site.doors.store.rows("SELECT * FROM ledger_copies ORDER BY sequence")
     assert [tuple(row) for row in found] == [tuple(row) for row in kept]
     site.restore()

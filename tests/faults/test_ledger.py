@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def test_a_private_study_charges_every_round_and_ends_on_its_budget(federation: 
 def test_an_older_ledger_spends_nothing(federation: Live) -> None:
     """Put back while the agent is down, it verifies by itself and with an old countersignature, yet the server has seen
     more: verify exits with 4, and the site declines until the newest copy is back, or does not even connect where the
-    server was told of the newest entries."""
+    server was told of the newest entries. Where the newest folder is lost, `client restore` brings back what was spent,
+    and the site goes on."""
     site, other = sorted(federation.places)
     home = federation.home(site)
     federation.start(private("first", 2))
@@ -83,6 +85,26 @@ def test_an_older_ledger_spends_nothing(federation: Live) -> None:
     federation.start_client(site)
     federation.over("third", 300)
     assert client(federation, site, "ledger", "verify").returncode == 0
+    shutil.copytree(home.folder, federation.folder / "old", ignore=shutil.ignore_patterns("*.sock"))
+    federation.start(private("fourth", 1))
+    federation.over("fourth", 300)
+    federation.end(site)
+    spent = home.ledger_file.read_bytes()
+    shutil.rmtree(home.folder)
+    (federation.folder / "old").rename(home.folder)
+    federation.start_client(site)
+    federation.until(lambda: "client restore --dir" in federation.logs(), 150, "the site goes on")
+    federation.end(site)
+    done = client(federation, site, "restore", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ledger"] > 0
+    assert home.ledger_file.read_bytes() == spent
+    federation.start_client(site)
+    federation.start(private("fifth", 1))
+    assert federation.over("fifth", 300)["state"] == "finished", federation.logs()
+    assert charged(federation, site, "fourth.1") == charged(federation, site, "fifth.1") == 1
+    for log in ("ledger", "audit"):
+        assert client(federation, site, log, "verify").returncode == 0
     home.ledger_file.write_bytes(home.ledger_file.read_bytes().replace(b'"count":', b'"cuont":', 1))
     damaged = client(federation, site, "ledger", "show")
     assert damaged.returncode == 4
