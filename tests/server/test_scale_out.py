@@ -1,7 +1,6 @@
 """A model for Triton and KServe, and which versions hold a site's updates."""
 
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kserve_schema import WHEELS, Schema, fetched
+from peers import triton
 
 from consortium.protocol import cli
 from consortium.protocol.errors import InputError
@@ -60,21 +61,39 @@ def test_repository_and_service(exported: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.slow
+def test_kserve_knows_every_field(exported: Path, tmp_path: Path) -> None:
+    """The service is as KServe's published types have it, and what is not is seen."""
+    yaml = pytest.importorskip("yaml")
+    wheels = fetched(tmp_path)
+    if not wheels:
+        pytest.skip(f"{' and '.join(WHEELS)} cannot be downloaded here")
+    arguments = ["--to", "kserve", "--out", tmp_path / "o", "--uri", "pvc://m/toy", "--unsigned"]
+    assert consortium("model", "export", exported, *arguments) == 0
+    service = yaml.safe_load((tmp_path / "o" / "inferenceservice.yaml").read_text())
+    schema = Schema(wheels)
+    assert schema.mistakes(service, "V1beta1InferenceService") == []
+    predictor = service["spec"]["predictor"]
+    predictor |= {"minReplicas": "1", "replicas": 1}
+    predictor["model"]["resources"]["requests"]["cpu"] = 1
+    del predictor["model"]["modelFormat"]
+    assert schema.mistakes(service, "V1beta1InferenceService") == [
+        ".spec.predictor.minReplicas: int is expected",
+        ".spec.predictor.model.modelFormat: is missing",
+        ".spec.predictor.model.resources.requests.cpu: str is expected",
+        ".spec.predictor.replicas: is unknown",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_triton_reads_the_configuration(exported: Path, tmp_path: Path) -> None:
     """Triton's own message parses config.pbtxt, and holds the contract's names, types and shapes."""
-    if "CONSORTIUM_TRITON" not in os.environ:
-        pytest.skip("set CONSORTIUM_TRITON to a Python that has tritonclient[grpc]")
+    python = triton(tmp_path / "triton")
     assert (
         consortium("model", "export", exported, "--to", "triton", "--out", tmp_path / "o", "--unsigned") == 0
     )
     text = (tmp_path / "o" / "toy" / "config.pbtxt").read_text()
-    done = subprocess.run(
-        [os.environ["CONSORTIUM_TRITON"], "-c", PARSES],
-        input=text,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run([python, "-c", PARSES], input=text, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["name"], found["backend"], found["batch"]) == ("toy", "onnxruntime", 1024)

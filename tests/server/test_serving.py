@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peers import triton
 from served import COMMAND, Serving, serving
 
 from consortium.server import seal
@@ -28,7 +29,6 @@ from consortium.server.serving.registry import Registry
 from consortium.server.serving.rpc_messages import MESSAGES, SERVICE
 
 INFER = "/v2/models/toy/infer"
-TRITON = "tritonclient[grpc,http]==2.73.0"
 
 
 def model_of(path: Path) -> str:
@@ -111,18 +111,6 @@ def test_curl_gets_what_torch_says(served: Serving, finished: Any, rows: Any, tm
     assert answer["parameters"]["prediction_id"].startswith("1-")
 
 
-def _triton(tmp_path_factory: pytest.TempPathFactory) -> str:
-    if "CONSORTIUM_TRITON" in os.environ:
-        return os.environ["CONSORTIUM_TRITON"]
-    place = tmp_path_factory.mktemp("triton") / "venv"
-    made = subprocess.run([sys.executable, "-m", "venv", place], capture_output=True, check=False)
-    python = str(place / "bin" / "python")
-    pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", TRITON]
-    if made.returncode or subprocess.run(pip, capture_output=True, check=False).returncode:
-        pytest.skip(f"{TRITON} cannot be installed here; set CONSORTIUM_TRITON to a Python that has it")
-    return python
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_tritonclient_gets_what_torch_says(
@@ -137,7 +125,8 @@ def test_tritonclient_gets_what_torch_says(
     host, port = served.rest
     done = subprocess.run(
         [
-            _triton(tmp_path_factory), Path(__file__).parents[1] / "support" / "triton_asks.py", f"{host}:{port}",
+            triton(tmp_path_factory.mktemp("triton") / "venv"),
+            Path(__file__).parents[1] / "support" / "triton_asks.py", f"{host}:{port}",
             served.grpc, served.root, served.tokens["caller"], "toy",
         ],
         input=json.dumps(given), capture_output=True, text=True, check=False,
