@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from consortium.protocol import wire
-from consortium.protocol.connection import Connection
+from consortium.protocol.connection import Connection, Reply, StatusError
 from consortium.protocol.delivery import Delivery, File
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.files import private_folder, sync_folder
@@ -97,7 +97,7 @@ def _continued(
         yield held
         file.truncate(held)
         if held < one.size:
-            reply = connection.request("GET", f"{route}?from={held}")
+            reply = _opened(connection, f"{route}?from={held}")
             while held < one.size and (piece := reply.read(min(wire.CHUNK, one.size - held))):
                 file.write(piece)
                 sha.update(piece)
@@ -112,6 +112,15 @@ def _continued(
     if not right:
         path.unlink()
     return before, right
+
+
+def _opened(connection: Connection, route: str) -> Reply:
+    try:
+        return connection.request("GET", route)
+    except StatusError as error:
+        if error.status == wire.NOT_SOUND:  # it was withdrawn meanwhile, or damaged
+            raise IntegrityError(str(error)) from error
+        raise
 
 
 def _digest(path: Path) -> str:

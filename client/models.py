@@ -129,6 +129,8 @@ def _asked(home: Home, connection: Connection, name: str, version: int) -> tuple
     try:
         document = connection.request("POST", wire.MODELS + quote(name), question).document()
     except StatusError as error:
+        if error.status == wire.NOT_SOUND:
+            raise IntegrityError(str(error)) from error
         if error.status in (400, 404):
             raise InputError(f"{error}; ask the federation's admin") from error
         raise

@@ -45,6 +45,8 @@ from consortium.protocol.signing import SIGNATURE_BYTES
 
 FORMAT = 1
 COPIES, RESTORED = "/v1/copies/", "/v1/restored"
+NOT_SOUND = 409
+"""The status of a model's version that was withdrawn, or is damaged at the server."""
 LEDGER, MODELS, MODEL_APPROVALS, HEADS = "/v1/ledger", "/v1/models/", "/v1/model-approvals", "/v1/heads"
 POLL, ANSWERS, STUDIES, TRUST, EPOCH, RENEW, LEAVE, PROPOSALS, APPROVALS = (
     "/v1/poll", "/v1/answers/", "/v1/studies/", "/v1/trust", "/v1/epoch/", "/v1/renew", "/v1/leave", "/v1/proposals",

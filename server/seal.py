@@ -156,6 +156,22 @@ def refuse_withdrawn(folder: Path) -> None:
     raise IntegrityError(f"{path}: this model was withdrawn ({why}); use another version")
 
 
+def content(folder: Path, sealed: Sealed, name: str) -> bytes:
+    """The bytes of a file of a bundle.
+
+    Raises:
+        IntegrityError: they are not those that the manifest lists.
+    """
+    path = folder / name
+    try:
+        found = path.read_bytes()
+    except OSError as error:
+        raise IntegrityError(f"{path}: is missing or unreadable ({error.strerror}); {AGAIN}") from error
+    if hashlib.sha256(found).hexdigest() != sealed.files.get(name):
+        raise IntegrityError(f"{path}: is not what was exported (SHA-256 differs); {AGAIN}")
+    return found
+
+
 def _document(path: Path, content: bytes) -> dict[str, Any]:
     """A JSON object in its one spelling."""
     try:

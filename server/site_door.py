@@ -350,7 +350,10 @@ class SiteDoor:
         number, nonce = wire.field(document, "version", int), wire.field(document, "nonce", str)
         if len(nonce) != 64 or number < -1:
             raise InputError("a version from -1 and a nonce of 64 characters were expected")
-        said = self._deliveries.said(request.path.removeprefix(wire.MODELS), number)
+        try:
+            said = self._deliveries.said(request.path.removeprefix(wire.MODELS), number)
+        except IntegrityError as error:
+            return error_response(wire.NOT_SOUND, str(error))
         key, name = self._federation.instruction_key, self._federation.config.name
         return json_response(delivery.state(key, name, site, nonce, said))
 
@@ -370,7 +373,10 @@ class SiteDoor:
         start = request.query.get("from", "0")
         if not all(one.isascii() and one.isdecimal() and len(one) < 16 for one in (number, start)):
             raise InputError("MODEL/VERSION/FILE?from=BYTE would be right")
-        pieces, length = self._deliveries.file(name, int(number), file, int(start))
+        try:
+            pieces, length = self._deliveries.file(name, int(number), file, int(start))
+        except IntegrityError as error:
+            return error_response(wire.NOT_SOUND, str(error))
         if not int(start):
             _log.info("site %s: gets %s of %s@%s", site, file, name, number)
         return Response(200, b"", "application/octet-stream", {}, pieces, length)

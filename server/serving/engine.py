@@ -75,8 +75,8 @@ def load(folder: Path, name: str, version: str, roots: tuple[str, ...], unsigned
     sealed = seal.read(folder)
     seal.check_signer(folder, sealed, roots, unsigned)
     seal.check_approved(folder, sealed)
-    lineage = json.loads((folder / "lineage.json").read_bytes())
-    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    lineage = json.loads(seal.content(folder, sealed, "lineage.json"))
+    card = seal.content(folder, sealed, "MODEL_CARD.md").decode()
     return Loaded(
         name,
         version,

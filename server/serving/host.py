@@ -260,9 +260,10 @@ class Watcher:
         return len(sealed.approved) >= sealed.required
 
     def _version(self, name: str, shelf: Shelf, number: int) -> Loaded:
-        if self._loaded is not None and (name, number) in self._loaded:
-            return self._loaded[name, number]
         assert self._registry is not None
+        if self._loaded is not None and (name, number) in self._loaded:
+            self._registry.refuse_withdrawn(name, shelf, number)  # whatever alias still names it
+            return self._loaded[name, number]
         place = self._registry.bundle(name, shelf, number)
         return engine.load(place, name, str(number), self._settings.roots, self._settings.unsigned)
 

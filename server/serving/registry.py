@@ -26,6 +26,7 @@ from consortium.protocol.delivery import MODEL_NAME
 from consortium.protocol.errors import InputError, IntegrityError, nearest
 from consortium.protocol.files import private_folder, sync_folder, write_private
 from consortium.server import seal, vouching
+from consortium.server.model import verified
 from consortium.server.serving import acts, gate_file, versions
 from consortium.server.serving.versions import CANDIDATE, CHAMPION, Act, Shelf, State, Version
 
@@ -108,8 +109,8 @@ class Registry:
         return shelf.versions[-1]
 
     def promote(self, name: str, number: int | None, why: str = "", ungated: bool = False) -> Shelf:
-        """See `versions.promoted`. The version's bundle is looked at first, and in a federation's registry its gate,
-        unless `ungated`, which needs a reason.
+        """See `versions.promoted`. Every byte of the version's bundle is looked at first, and in a federation's
+        registry its gate, unless `ungated`, which needs a reason.
 
         Raises:
             InputError, RefusedError, IntegrityError: there is none such, it was withdrawn, did not pass its gate, or is
@@ -122,6 +123,7 @@ class Registry:
             shelf = versions.promoted(before, number)
             assert shelf.champion is not None
             place = self.bundle(name, shelf, shelf.champion)
+            verified(place)
             seal.check_approved(place, seal.read(place))
             if gate_file.of_federation(self.folder) and not ungated and shelf.champion != before.champion:
                 self._check_gate(name, before, shelf.champion, place)
@@ -178,11 +180,12 @@ class Registry:
             self._keep(after)
 
     def rollback(self, name: str, why: str = "") -> Shelf:
-        """See `versions.rolled_back`. Raises RefusedError where there was no champion before."""
+        """See `versions.rolled_back`. Raises RefusedError where there was no champion before, IntegrityError where that
+        is damaged."""
         with self.held() as state:
             shelf = versions.rolled_back(_shelf(state, name))
             assert shelf.champion is not None
-            self.bundle(name, shelf, shelf.champion)
+            verified(self.bundle(name, shelf, shelf.champion))
             self._keep(self._noted(state, name, shelf, versions.ROLLBACK, shelf.champion, why))
         return shelf
 
@@ -219,15 +222,25 @@ class Registry:
         Raises:
             IntegrityError: it is another, damaged, or withdrawn.
         """
-        place = self.folder / name / str(number)
+        place = self.refuse_withdrawn(name, shelf, number)
         version = shelf.version(number)
-        if version is not None and version.withdrawn:
-            raise IntegrityError(f"{place}: was withdrawn ({version.why}); use another version")
         found = seal.read(place).digest
         if version is None or found != version.bundle:
             raise IntegrityError(
                 f"{place / seal.MANIFEST}: is not the bundle that was registered; restore it from a backup"
             )
+        return place
+
+    def refuse_withdrawn(self, name: str, shelf: Shelf, number: int) -> Path:
+        """The folder of a version that neither the registry nor the bundle itself says was withdrawn.
+
+        Raises:
+            IntegrityError: it was.
+        """
+        place, version = self.folder / name / str(number), shelf.version(number)
+        if version is not None and version.withdrawn:
+            raise IntegrityError(f"{place}: was withdrawn ({version.why}); use another version")
+        seal.refuse_withdrawn(place)
         return place
 
     def resolve(self, name: str, which: str) -> Path:
@@ -289,6 +302,10 @@ def locate(text: str, clock: Callable[[], float]) -> Path:
         InputError, IntegrityError: see `Registry.resolve`.
     """
     path = Path(text)
+    if (path.parent.parent / STATE).exists() and path.name.isdecimal() and path.is_dir():
+        return Registry(path.parent.parent, clock).resolve(
+            path.parent.name, path.name
+        )  # which knows what is withdrawn
     if (path / seal.MANIFEST).exists() or (path / STATE).exists():
         return path
     name, _, which = path.name.partition("@")
