@@ -59,11 +59,14 @@ class Charges:
         self._shown: Head | None = None
         self._copied: int | None = None
 
-    def charge(self, about: Instruction, study: Study, data: str, most: float | None = None) -> Release:
+    def charge(
+        self, about: Instruction, study: Study, data: str, most: float | None = None, epoch: int = 0
+    ) -> Release:
         """Charge what an instruction asks to compute over a data set, unless it was charged before; gives what is to be
         called before the answer leaves, as that may be another than what was charged.
 
-        most: the epsilon that the study may spend of the data set; None: no limit but the data set's own.
+        most: the epsilon that the study may spend of the data set; None: no limit but the data set's own. epoch: of the
+            server that asks.
 
         Raises:
             RefusedError: a budget would be passed.
@@ -79,7 +82,7 @@ class Charges:
         limit = None
         if most is not None:
             limit = Budget(most, study.privacy.delta or NO_DELTA, study.privacy.unit)
-        one = charge_of(data, question, about.study, mechanism)
+        one = charge_of(data, question, about.study, mechanism, epoch)
         charged = self._ledger.charge(one, study.rounds, self._clock(), limit)
         if charged or self._shown != self._ledger.head:
             self._show()

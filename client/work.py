@@ -81,7 +81,7 @@ class Answered:
 
 Release = Callable[[bytes], None]
 """Called with the header of an answer before it leaves; raises RefusedError where it must not."""
-Charge = Callable[[Instruction, Study, str, float | None], Release]
+Charge = Callable[[Instruction, Study, str, float | None, int], Release]
 
 
 class Interrupted(ConsortiumError):  # noqa: N818 - it is what happened, not a mistake
@@ -132,8 +132,8 @@ class SiteWork:
     """The real work of a site.
 
     key: what it keeps is encrypted under. charge: charges what an instruction asks to compute over a data set, of which
-    its study may spend so much epsilon, before it is computed; raises RefusedError where the site does not. note:
-    writes to the audit log.
+    its study may spend so much epsilon, for a server of that epoch, before it is computed; raises RefusedError where
+    the site does not. note: writes to the audit log.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class SiteWork:
         with self._lock:
             self._doing, halts = run, self._halted(run)
         data, unconfined, epsilon = self._allowed(given)
-        release = self._charge(given.about, given.study, data.name, epsilon)
+        release = self._charge(given.about, given.study, data.name, epsilon, given.epoch)
         for death in range(1, DEATHS + 1):
             process = self._worker(given, data, unconfined, halts)
             try:

@@ -39,6 +39,9 @@ RELATIONS: dict[Unit, Relation] = {
 }
 
 
+CENTRAL = "central-gaussian"
+"""The mechanism whose noise the server adds."""
+
 Step = tuple[str, int, str]
 """Run, round and the digest of the model: what is trained once, however often it is asked for."""
 
@@ -62,7 +65,8 @@ class Question:
 @dataclass(frozen=True)
 class Charge:
     """One release of a data set. release: None for a run without a mechanism. whole: of all rounds of the run, where
-    cohorts are drawn in secret: each round costs a site the same, whether or not it is in it."""
+    cohorts are drawn in secret: each round costs a site the same, whether or not it is in it. epoch: of the server
+    (`protocol/epoch.py`) that asked: one that was restored noises anew what it has published before."""
 
     data: str
     question: Question
@@ -71,6 +75,16 @@ class Charge:
     mechanism: str
     release: Release | None
     whole: bool = False
+    epoch: int = 0
+
+    def pays(self, other: Charge) -> bool:
+        """Whether what `other` would charge was charged by this one, of the same data set: the same step of a run, or
+        all of it. Where the server adds the noise, in the same epoch of its."""
+        if self.question.run != other.question.run or (
+            other.release and other.mechanism == CENTRAL and self.epoch != other.epoch
+        ):
+            return False
+        return self.whole or self.question.step == other.question.step
 
 
 @dataclass(frozen=True)
@@ -203,7 +217,7 @@ class Ledger:
         same_run = [one for one in account.charges if one.question.run == charge.question.run]
         if charge.release is None and same_run:
             return False
-        if any(one.question.step == charge.question.step or one.whole for one in same_run):
+        if any(one.pays(charge) for one in same_run):
             return False
         self._spend(account, charge, rounds, at, most)
         return True
@@ -233,7 +247,7 @@ class Ledger:
 
     def _spend(self, account: Account, charge: Charge, rounds: int, at: float, most: Budget | None) -> None:
         same_run = [one for one in account.charges if one.question.run == charge.question.run]
-        _check(account, charge, len(same_run), rounds)
+        _check(account, charge, sum(rounds if one.whole else 1 for one in same_run), rounds)
         if most is not None:
             _check_study(account, charge, most)
         self._chain.append("unbounded" if charge.release is None else "charge", _body(charge), at)
@@ -281,14 +295,16 @@ def _check_study(account: Account, charge: Charge, most: Budget) -> None:
         )
 
 
-def charge_of(data: str, question: Question, study: str, mechanism: Mechanism | None) -> Charge:
+def charge_of(
+    data: str, question: Question, study: str, mechanism: Mechanism | None, epoch: int = 0
+) -> Charge:
     """What one round of a study charges; the first one charges all where cohorts are Poisson samples."""
     if mechanism is None:
         return Charge(data, question, study, "record", "none", None)
     if mechanism.sampled:
         release = mechanism.release(mechanism.rounds)
-        return Charge(data, question, study, mechanism.unit, mechanism.name, release, whole=True)
-    return Charge(data, question, study, mechanism.unit, mechanism.name, mechanism.release())
+        return Charge(data, question, study, mechanism.unit, mechanism.name, release, True, epoch)
+    return Charge(data, question, study, mechanism.unit, mechanism.name, mechanism.release(), False, epoch)
 
 
 def accounts(entries: Iterable[Entry]) -> dict[str, Account]:
@@ -334,6 +350,8 @@ def _body(charge: Charge) -> dict[str, Any]:
         body |= {"noise_multiplier": release.noise_multiplier, "rate": release.rate, "count": release.count}
     if charge.whole:
         body["whole"] = True
+    if charge.epoch:
+        body["epoch"] = charge.epoch
     return body
 
 
@@ -351,4 +369,5 @@ def _charge(entry: Entry) -> Charge:
         body["mechanism"],
         release,
         body.get("whole", False),
+        body.get("epoch", 0),
     )

@@ -23,6 +23,10 @@ FORMAT = 1
 REFERENCE_BINS = 10
 """Bins of a feature's reference, each of about a tenth of the values."""
 
+RESTORED = (
+    "rounds that the server published between a backup and its restore, and noised anew after it: each site's own "
+    "ledger has charged them twice"
+)
 SUPPRESSED = f"fewer than {FEWEST} examples"
 FEW_PERSONS = f"fewer than {FEWEST} persons"
 _COMPLEMENT = "suppressed, because it and the others would tell a smaller cell"
@@ -92,8 +96,10 @@ def privacy(plan: Plan, outcome: Outcome, ledger: Mapping[str, Any] | None = Non
     counts = {
         site: max(counts.get(site, 0), noted.get(site, 0) + ledger["any"]) for site in {*counts, *noted}
     }
-    said = {"entries": ledger["entries"], "head": ledger["head"]}
-    return {**of_run(plan.study, counts), "ledger": said}
+    said = of_run(plan.study, counts)
+    if ledger["restored"] and plan.mechanism.name == "central-gaussian":
+        said["not_covered"].append(RESTORED)
+    return {**said, "ledger": {name: ledger[name] for name in ("entries", "head", "restored")}}
 
 
 # How it was judged

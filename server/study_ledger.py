@@ -30,6 +30,7 @@ class StudyLedger:
         self._log, self._lock = log, threading.Lock()
         self._read = 0
         self._found: list[dict[str, Any]] = []
+        self._restored: list[int] = []
 
     def note(self, run: str, study: Study, event: Mapping[str, Any]) -> None:
         """Note what a round is about to publish, or was sent by those who were asked, durably. event: of the round, as
@@ -67,7 +68,8 @@ class StudyLedger:
 
     def of_run(self, run: str) -> dict[str, Any] | None:
         """What one run has released: how many entries, the last one's head, how often by site, and in how many a site
-        may have been whose name is not noted ("any"). None where there is nothing."""
+        may have been whose name is not noted ("any"); whether the server was restored from a backup meanwhile, so that
+        what it published after the backup is not known any more. None where there is nothing."""
         made = [one for one in self._entries() if one["run"] == run]
         if not made:
             return None
@@ -81,15 +83,24 @@ class StudyLedger:
             (site, one["round"], -1) for one in made if one["mechanism"] != _CENTRAL for site in _sites(one)
         }
         by_site = Counter(site for site, _, _ in (*anew, *same))
+        lost = any(entry > made[0]["entry"] for entry in self._restored)
         secret = sum(not _sites(one) for one in made)
-        return {"entries": len(made), "head": made[-1]["head"], "sites": dict(by_site), "any": secret}
+        return {
+            "entries": len(made),
+            "head": made[-1]["head"],
+            "sites": dict(by_site),
+            "any": secret,
+            "restored": lost,
+        }
 
     def _entries(self) -> list[dict[str, Any]]:
         with self._lock:
             for entry in self._log.entries(self._read):
                 self._read = entry.sequence
                 if entry.kind == RELEASED:
-                    self._found.append({**entry.body, "head": entry.head.text})
+                    self._found.append({**entry.body, "head": entry.head.text, "entry": entry.sequence})
+                elif entry.kind == "restored":
+                    self._restored.append(entry.sequence)
             return list(self._found)
 
 

@@ -254,7 +254,7 @@ def test_an_approvals_epsilon_reaches_the_ledger_before_anything_is_computed(des
     """No worker is started: there is none in this world, and the charge comes first."""
     one, told = packed(PRIVATE), list[float | None]()
 
-    def charge(about: object, study: object, data: str, most: float | None) -> Release:
+    def charge(about: object, study: object, data: str, most: float | None, epoch: int) -> Release:
         told.append(most)
         raise RefusedError("privacy budget: spent")
 

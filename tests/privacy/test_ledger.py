@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -72,6 +73,33 @@ def test_other_bytes_for_what_was_answered_before_are_charged_before_they_leave(
         book.release(again, "d" * 64, 9, 9.0)
     assert book.head.sequence == head.sequence + 1
     assert book.verify() == book.head
+
+
+def test_a_server_that_was_restored_pays_anew_for_what_it_noises_anew(tmp_path: Path) -> None:
+    """It has published the round before, and does not know it: the same bytes under other noise are a second release. A
+    site that adds the noise itself sends what left already, or charges other bytes as ever. No study is asked for more
+    rounds than its epsilon is for, a run of secret cohorts, which is charged whole, not twice."""
+    book = ledger(tmp_path)
+    central: dict[str, Any] = {"unit": "site", "mechanism": "central-gaussian", "release": Release(2.0)}
+    one = charge(1, **central)
+    assert book.charge(one, 3, 1.0)
+    assert not book.release(one, "a" * 64, 3, 1.0)
+    restored = replace(one, epoch=7)
+    assert book.charge(restored, 3, 2.0)
+    assert not book.charge(restored, 3, 2.0)
+    assert not book.release(restored, "a" * 64, 3, 2.0)
+    assert ledger(tmp_path).accounts()["patients"].charges == (one, restored)
+    assert book.charge(charge(2, epoch=7, **central), 3, 3.0)
+    with pytest.raises(RefusedError, match="3 releases"):
+        book.charge(charge(3, epoch=7, **central), 3, 4.0)
+    local = charge(1, "local.1")
+    assert book.charge(local, 3, 5.0)
+    assert not book.charge(replace(local, epoch=7), 3, 6.0)
+    secret = charge(1, "secret.1", **central | {"whole": True, "release": Release(2.0, 0.5, 3)})
+    assert book.charge(secret, 3, 7.0)
+    assert not book.charge(replace(charge(2, "secret.1", **central), whole=True), 3, 7.0)
+    with pytest.raises(RefusedError, match="3 releases"):
+        book.charge(replace(secret, epoch=7), 3, 8.0)
 
 
 def test_a_budget_is_checked_before_anything_is_charged(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from consortium.protocol.errors import IntegrityError
 from consortium.protocol.layout import Array, Layout, Segment
 from consortium.protocol.study import Study
 from consortium.server import audit
-from consortium.server.lineage import privacy
+from consortium.server.lineage import RESTORED, privacy
 from consortium.server.records import Outcome, Plan, Round, RunState
 from consortium.server.serve import Server
 from consortium.strategies.chosen import strategy_of
@@ -81,7 +81,13 @@ def test_what_each_site_released_is_read_from_the_ledger_and_never_less_than_fro
         plan_of(CENTRAL), records(Round(1, 0, ("a", "b"), {"a": 1.0, "b": 1.0}, {}, "m", 1.0)), central
     )
     assert {site: one["releases"] for site, one in said["sites"].items()} == {"a": 3, "b": 2}
-    assert said["ledger"] == {"entries": 3, "head": central["head"]}
+    assert said["ledger"] == {"entries": 3, "head": central["head"], "restored": False}
+    assert RESTORED not in said["not_covered"]
+    server.note("restored", {"epoch": 5, "event": 0})
+    noted = archive.released_by("private.1")
+    assert noted is not None
+    said = privacy(plan_of(CENTRAL), records(Round(1, 0, ("a",), {"a": 1.0}, {}, "m", 1.0)), noted)
+    assert RESTORED in said["not_covered"], "what was published after the backup is not known here"
     lost = {**central, "sites": {}, "entries": 0}
     said = privacy(plan_of(CENTRAL), records(Round(1, 0, ("a",), {"a": 1.0}, {}, "m", 1.0)), lost)
     assert {site: one["releases"] for site, one in said["sites"].items()} == {"a": 1}
