@@ -131,6 +131,34 @@ def sealing(pieces: Iterable[Piece], key: DataKey) -> Iterator[Piece]:
     yield sealer.end()
 
 
+def seal(content: Piece, key: DataKey) -> bytes:
+    """A small content as a sealed file has it."""
+    return b"".join(map(bytes, sealing([content], key)))
+
+
+def unseal(sealed: bytes, key: DataKey, what: str) -> bytes:
+    """The content that `seal` took. what: how errors name it.
+
+    Raises:
+        IntegrityError: it is not as it was made, or of another key.
+    """
+    if len(sealed) < _START + _TAG or not sealed.startswith(_MAGIC):
+        raise IntegrityError(f"{what}: is not encrypted as format 1 has it, or ends too early")
+    cipher, prefix = _cipher(key, sealed[len(_MAGIC) : _START])
+    starts = range(_START, len(sealed), CHUNK + _TAG)
+    try:
+        return b"".join(
+            cipher.decrypt(
+                _nonce(prefix, number, last=start == starts[-1]), sealed[start : start + starts.step], None
+            )
+            for number, start in enumerate(starts)
+        )
+    except (InvalidTag, ValueError) as error:
+        raise IntegrityError(
+            f"{what}: cannot be decrypted; it was changed, is not whole, or belongs to another key"
+        ) from error
+
+
 class Sealer:
     """Makes the bytes of one sealed file, of content that comes by and by: of each `take` and then `end`, in order."""
 

@@ -26,6 +26,8 @@ from consortium.protocol.errors import ConsortiumError, InputError, IntegrityErr
 from consortium.protocol.files import private_folder
 from consortium.protocol.sealed import DataKey, new_data_key
 from consortium.protocol.study import Study
+from consortium.server import run_records
+from consortium.server.checkpoint import Added
 from consortium.server.states import EARLY, FINISHED, OVER, PROPOSED, STATES
 from consortium.server.store import Store
 
@@ -124,6 +126,7 @@ class Archive:
             ).fetchall()
             for row in rows:
                 db.execute("UPDATE commits SET file = '' WHERE run = ?", (row["run"],))
+                db.execute("DELETE FROM records WHERE run = ?", (row["run"],))
         for row in rows:
             self._drop(row["file"])
         return [str(row["run"]) for row in rows]
@@ -303,11 +306,13 @@ class Archive:
         file: int,
         sha256: str,
         events: Sequence[Mapping[str, Any]] = (),
+        records: Mapping[str, Added] = run_records.NONE,
     ) -> None:
         """Keep a checkpoint in place of the one before; when this returns it would survive a power cut.
 
         file: a descriptor of a file without a name, opened in `folder`, which gets one.
         events: what to show of it; they are there exactly when the commit is.
+        records: by kind, its own lines (`server/checkpoint.py`), encrypted; likewise.
 
         Raises:
             IntegrityError: the file is not such a file.
@@ -328,6 +333,7 @@ class Archive:
                 )
                 for event in events:
                     _add(db, run, now, event)
+                run_records.put(db, run, records)
                 self.kept_with(db)
         except ConsortiumError:
             kept = self.committed(run)

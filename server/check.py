@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from consortium.protocol.errors import ConsortiumError, IntegrityError
@@ -12,6 +13,7 @@ from consortium.protocol.keys import Lock
 from consortium.protocol.sealed import DataKey
 from consortium.server import checkpoint
 from consortium.server.federation import CHECKPOINTS, DATABASE, Federation
+from consortium.server.run_records import history
 from consortium.server.store import Store
 
 
@@ -66,7 +68,8 @@ def _commit(store: Store, folder: Path, run: str, key: DataKey) -> tuple[int, in
                 continue  # the server committed meanwhile
             raise IntegrityError(f"run '{run}': {path} cannot be read ({error.strerror})") from error
         try:
-            checkpoint.read(fd, str(row["sha256"]), run, key.of(f"run {run}"))
+            own = key.of(f"run {run}")
+            checkpoint.Writer(run, own, partial(history, store, run, own)).read(fd, str(row["sha256"]))
             return int(row["round"]), os.fstat(fd).st_size
         except IntegrityError as error:
             raise IntegrityError(f"run '{run}': {path}: {error}") from error

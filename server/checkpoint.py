@@ -1,12 +1,16 @@
 """A run's state as one file, exact to the last bit: raw arrays one after the other, then a document that names them.
 
-    model | control | statistics | other arrays | lines of rounds, of evaluations
+    model | control | statistics | other arrays
         | document (JSON) | its length, 8 bytes big-endian | "CSCP"
 
 The document holds each part's place, dtype, shape and SHA-256, so the SHA-256 of the document, which `Writer.write`
 returns, vouches for the whole file. It begins as the content of the next instruction does, so that it serves as that,
 too. Nothing is ever pickled; arrays are little-endian. On disk all of this is encrypted
 (`protocol/sealed.py`) under the run's own key.
+
+Records of rounds and evaluations are lines of JSON beside the file: a commit adds its own, and the document names how
+many there are by then, and the SHA-256 of all of them, so a round costs the same after ten rounds as after ten
+thousand. Lines beyond that number are of a commit that never was. Files of format 1 hold the lines themselves.
 """
 
 from __future__ import annotations
@@ -16,11 +20,9 @@ import json
 import math
 import mmap
 import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +33,7 @@ from consortium.protocol.layout import Vector
 from consortium.protocol.sealed import DataKey, Piece, Sealed, Sealer, is_sealed
 from consortium.server.records import Evaluation, Past, Round, RunState
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 1 << 20
 """Bytes that are written or hashed at a time."""
 MAX_DOCUMENT = 1 << 28
@@ -45,54 +47,37 @@ Named = tuple[str, str, NDArray[Any], str]
 """Place, name, array, and its SHA-256 where that is known already, else ""."""
 
 
-class _More(NamedTuple):
-    """What a file is to hold of one kind of record.
-
-    about: its part in the document, without its place. length: bytes. lines: how many. sha: of all of them.
-    """
-
-    about: Mapping[str, Any]
-    pieces: Iterable[Piece]
-    length: int
-    lines: int
-    sha: Any
+History = Callable[[str, int], Iterator[bytes]]
+"""Of the lines of a kind (of `HISTORIES`) that are kept beside a run's files, so many from the first on, or fewer where
+there are not so many."""
+HISTORIES = "rounds", "evaluations"
 
 
-class _Lines(Generic[T]):
-    """The lines of one kind of record in a checkpoint file that stays open: in memory they would grow with the run."""
+class Added(NamedTuple):
+    """Lines that a commit adds to those of their kind. first: the place of the first of them, from 0."""
 
-    def __init__(self, file: _File, start: int, held: _More, record: Callable[[Any], T]) -> None:
-        self._file, self._start, self._record = file, start, record
-        self.length, self.count, self.sha = held.length, held.lines, held.sha
-
-    def pieces(self) -> Iterator[memoryview]:
-        return self._file.pieces(self._start, self._start + self.length)
-
-    def records(self) -> Iterator[T]:
-        left = b""
-        for piece in self.pieces():
-            *lines, left = (left + bytes(piece)).split(b"\n")
-            for line in lines:
-                yield self._record(json.loads(line))
+    first: int
+    lines: Sequence[bytes]
 
 
-class _File:
-    """A duplicate of a descriptor, closed when nobody refers to it any more."""
+class Written(NamedTuple):
+    """sha256: of the document (hex). added: by kind, lines that are to be kept before the file counts."""
 
-    def __init__(self, fd: int, key: DataKey | None) -> None:
-        self._fd, self._key = os.dup(fd), key
-        self._closed = weakref.finalize(self, os.close, self._fd)
+    sha256: str
+    added: Mapping[str, Added]
 
-    def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
-        if self._key is not None:
-            yield from Sealed(self._fd, self._key, "the checkpoint").pieces(start, stop)
-            return
-        while start < stop:
-            piece = os.pread(self._fd, min(CHUNK, stop - start), start)
-            if not piece:
-                raise IntegrityError("the last checkpoint is shorter than it was; start the server again")
-            yield memoryview(piece)
-            start += len(piece)
+
+class _Kept:
+    """How many lines of a kind are kept, and the hash of all of them."""
+
+    def __init__(self, count: int = 0, sha: Any = None) -> None:
+        self.count, self.sha = count, sha if sha is not None else hashlib.sha256()
+
+    def and_more(self, lines: Sequence[bytes]) -> _Kept:
+        sha = self.sha.copy()
+        for line in lines:
+            sha.update(line)
+        return _Kept(self.count + len(lines), sha)
 
 
 class Begun:
@@ -113,17 +98,20 @@ class Begun:
             self._place = write_early(self.file, [self._sealer.end()], self._place)
 
 
-class Writer:
-    """Writes states of one run, each of which continues the one before: records are encoded once, and copied from the
-    file before from then on.
+def _nothing(kind: str, count: int) -> Iterator[bytes]:
+    return iter(())
 
-    key: what files are encrypted under; without one they are not.
+
+class Writer:
+    """Reads the state of one run, and writes those that continue it: records that are kept already are not touched.
+
+    key: what files are encrypted under; without one they are not. history: the lines that are kept.
     """
 
-    def __init__(self, run: str, key: DataKey | None = None) -> None:
-        self._run, self._key = run, key
-        self._rounds: _Lines[Round] | None = None
-        self._evaluations: _Lines[Evaluation] | None = None
+    def __init__(self, run: str, key: DataKey | None = None, history: History = _nothing) -> None:
+        self._run, self._key, self._history = run, key, history
+        self._kept = {kind: _Kept() for kind in HISTORIES}
+        self._next = self._kept
 
     def begin(self, model: Vector, file: int) -> Begun:
         """Write the model, with which every state begins, into the empty file `file`, a descriptor; for any thread.
@@ -135,8 +123,8 @@ class Writer:
         begun.put(_bytes(_checked("the model", model)))
         return begun
 
-    def write(self, state: RunState, file: int, begun: Begun | None = None) -> str:
-        """Write `state` into the empty file `file`, a descriptor; returns the SHA-256 (hex) of its document.
+    def write(self, state: RunState, file: int, begun: Begun | None = None) -> Written:
+        """Write `state` into the empty file `file`, a descriptor.
 
         begun: what was written of it already, where the file is not empty any more.
 
@@ -150,7 +138,7 @@ class Writer:
         assert begun.model is state.model
         assert begun.file == file
         parts: list[dict[str, Any]] = []
-        pieces: list[Iterable[Piece]] = []
+        views: list[Piece] = []
         place = 0
         for kind, name, array, known in _arrays(state):
             view = _bytes(array)
@@ -158,14 +146,16 @@ class Writer:
             about = {"place": kind, "name": name, "dtype": array.dtype.str, "shape": list(array.shape)}
             parts.append({**about, "start": place, "sha256": sha})
             if kind != "model":
-                pieces.append([view])
+                views.append(view)
             place += len(view)
-        rounds = _more(self._rounds, "rounds", state.rounds, _round_document)
-        evaluations = _more(self._evaluations, "evaluations", state.evaluations, _evaluation_document)
-        starts = place, place + rounds.length
-        for lines, start in zip((rounds, evaluations), starts, strict=True):
-            parts.append({**lines.about, "start": start})
-            pieces.append(lines.pieces)
+        rounds, evaluations = (self._kept[kind].count for kind in HISTORIES)
+        added = {
+            "rounds": Added(rounds, [_line(_round_document(one)) for one in state.rounds[rounds:]]),
+            "evaluations": Added(
+                evaluations, [_line(_evaluation_document(one)) for one in state.evaluations[evaluations:]]
+            ),
+        }
+        self._next = {kind: self._kept[kind].and_more(more.lines) for kind, more in added.items()}
         best = None
         if state.best is not None:
             own = any(part["place"] == "best" for part in parts)
@@ -179,72 +169,87 @@ class Writer:
             "counted": dict(state.counted),
             "best": best,
             "parts": parts,
+            "history": {kind: [one.count, one.sha.hexdigest()] for kind, one in self._next.items()},
         }
         content = json.dumps(document, separators=(",", ":")).encode()
-        pieces.append([content, len(content).to_bytes(8, "big") + _MAGIC])
-        for piece in chain.from_iterable(pieces):
+        for piece in (*views, content, len(content).to_bytes(8, "big") + _MAGIC):
             begun.put(piece)
         begun.end()
-        held = _File(file, self._key)
-        self._rounds = _Lines(held, starts[0], rounds, _round)
-        self._evaluations = _Lines(held, starts[1], evaluations, _evaluation)
-        return hashlib.sha256(content).hexdigest()
+        return Written(hashlib.sha256(content).hexdigest(), added)
 
     def put_away(self, state: RunState) -> RunState:
-        """`state`, which was written last, with its records in that file but for the latest of each kind."""
-        rounds, evaluations = self._rounds, self._evaluations
-        assert rounds is not None
-        assert evaluations is not None
+        """`state`, which was written last and committed: of its records only the latest of each kind are in memory."""
+        self._kept = self._next
         return replace(
             state,
-            rounds=_past(rounds, state.rounds),
-            evaluations=_past(evaluations, state.evaluations),
+            rounds=self._past("rounds", _round, state.rounds[-1:]),
+            evaluations=self._past("evaluations", _evaluation, state.evaluations[-1:]),
         )
 
+    def read(self, file: int, sha256: str) -> RunState:
+        """The state in a file, whose document has this SHA-256; what is written from now on continues it. Arrays are
+        read-only; those of a file that is not encrypted are mapped.
 
-def _past(lines: _Lines[T], records: Sequence[T]) -> Sequence[T]:
-    assert lines.count == len(records)
-    last = tuple(records[-1:])
-    return Past(lines.records, len(records) - len(last), last)
+        Raises:
+            IntegrityError: file or lines are not what was written, or the key is not theirs.
+        """
+        key = self._key
+        try:
+            if key is not None and is_sealed(file):
+                whole = memoryview(Sealed(file, key, "its file").read()).toreadonly()
+            else:
+                whole = memoryview(mmap.mmap(file, os.fstat(file).st_size, access=mmap.ACCESS_READ))
+            document, end = _document(whole, sha256)
+            if document["format"] not in (1, FORMAT) or document["run"] != self._run:
+                raise IntegrityError("it is of another run or format")
+            found = {(part["place"], part["name"]): _part(whole[:end], part) for part in document["parts"]}
+            state = _state(document, found)
+            if document["format"] == 1:
+                rounds, evaluations = (_lines(found[kind, ""]) for kind in HISTORIES)
+                return replace(
+                    state, rounds=tuple(map(_round, rounds)), evaluations=tuple(map(_evaluation, evaluations))
+                )
+            last = {kind: self._checked(kind, *document["history"][kind]) for kind in HISTORIES}
+            return replace(
+                state,
+                rounds=self._past("rounds", _round, map(_round, last["rounds"])),
+                evaluations=self._past("evaluations", _evaluation, map(_evaluation, last["evaluations"])),
+            )
+        except IntegrityError as error:
+            raise IntegrityError(f"the checkpoint is damaged: {error}") from error
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise IntegrityError(
+                f"the checkpoint is damaged: its document is malformed ({type(error).__name__})"
+            ) from error
 
+    def _checked(self, kind: str, count: int, sha256: str) -> list[Any]:
+        """The last line of a kind, if any, once all that are kept were found as the document has them."""
+        count, kept, line = int(count), _Kept(), b""
+        for line in self._history(kind, count):
+            kept = kept.and_more([line])
+        if kept.count != count:
+            raise IntegrityError(f"of the records of its {kind} {kept.count} of {count} are there")
+        if kept.sha.hexdigest() != sha256:
+            raise IntegrityError(f"the records of its {kind} are not those that were committed")
+        self._kept = self._next = {**self._kept, kind: kept}
+        return [json.loads(line)] if count else []
 
-def _more(
-    before: _Lines[T] | None, kind: str, records: Sequence[T], document: Callable[[T], dict[str, Any]]
-) -> _More:
-    """The lines of the file before, and those of the records since."""
-    count = before.count if before is not None else 0
-    new = b"".join(_line(document(one)) for one in records[count:])
-    length = (before.length if before is not None else 0) + len(new)
-    sha = before.sha.copy() if before is not None else hashlib.sha256()
-    sha.update(new)
-    about = {"place": kind, "name": "", "dtype": "|u1", "shape": [length], "sha256": sha.hexdigest()}
-    pieces: Iterable[Piece] = chain[Piece](before.pieces() if before is not None else (), [new])
-    return _More(about, pieces, length, len(records), sha)
+    def _past(self, kind: str, record: Callable[[Any], T], last: Iterable[T]) -> Past[T]:
+        """All records of a kind that are kept. last: the latest."""
+        latest, history = tuple(last), self._history
+        count = self._kept[kind].count - len(latest)
 
+        def earlier() -> Iterator[T]:
+            found = 0
+            for line in history(kind, count):
+                found += 1
+                yield record(json.loads(line))
+            if found != count:
+                raise IntegrityError(
+                    f"of the records of run '{self._run}' ({kind}) {found} of {count} are there"
+                )
 
-def read(file: int, sha256: str, run: str, key: DataKey | None = None) -> RunState:
-    """The state of `run` in a file, whose document has this SHA-256. Arrays are read-only; those of a file that is not
-    encrypted, as earlier versions left it, are mapped.
-
-    Raises:
-        IntegrityError: it is not what was written, or the key is not its.
-    """
-    try:
-        if key is not None and is_sealed(file):
-            whole = memoryview(Sealed(file, key, "its file").read()).toreadonly()
-        else:
-            whole = memoryview(mmap.mmap(file, os.fstat(file).st_size, access=mmap.ACCESS_READ))
-        document, end = _document(whole, sha256)
-        if document["format"] != FORMAT or document["run"] != run:
-            raise IntegrityError("it is of another run or format")
-        found = {(part["place"], part["name"]): _part(whole[:end], part) for part in document["parts"]}
-        return _state(document, found)
-    except IntegrityError as error:
-        raise IntegrityError(f"the checkpoint is damaged: {error}") from error
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise IntegrityError(
-            f"the checkpoint is damaged: its document is malformed ({type(error).__name__})"
-        ) from error
+        return Past(earlier, count, latest)
 
 
 def _arrays(state: RunState) -> Iterator[Named]:
@@ -319,8 +324,6 @@ def _state(document: Mapping[str, Any], found: Mapping[tuple[str, str], NDArray[
         optimizer=of("optimizer"),
         statistics=of("statistic"),
         counted={site: int(number) for site, number in document["counted"].items()},
-        rounds=tuple(_round(one) for one in _lines(found["rounds", ""])),
-        evaluations=tuple(_evaluation(one) for one in _lines(found["evaluations", ""])),
         best=best and (_evaluation(best["evaluation"]), found["best", ""] if best["own"] else model),
     )
 

@@ -7,10 +7,12 @@ told of, and not for longer than the study's deadline. Whoever asks for anything
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,15 +24,20 @@ from consortium.protocol.local import ClosedError
 from consortium.protocol.messages import parse
 from consortium.protocol.sealed import DataKey
 from consortium.protocol.study import Study
+from consortium.server import run_records
 from consortium.server.archive import Archive
+from consortium.server.checkpoint import HISTORIES, Added
 from consortium.server.child import Child
 from consortium.server.offers import SLACK, Received, Spooled
 from consortium.server.states import EARLY, FAILED, FINISHED
 
 MOST_NAMES = 20
 """Sites that a reason names."""
+MOST_RECORDS = 1 << 31
 LATENESS = 60.0
 """Seconds that an instruction may be valid beyond the study's deadline."""
+
+_PLURAL = dict(zip(("round", "evaluation"), HISTORIES, strict=True))
 
 Reply = tuple[dict[str, Any], Spooled | None]
 Seal = Callable[[bytes], dict[str, Any]]
@@ -105,6 +112,8 @@ class Conversation:
             "ready": self._ready,
             "load": self._load,
             "commit": self._commit,
+            "records": self._records,
+            "keep": self._keep,
             "sites": self._sites,
             "interrupted": self._interrupted,
             "ask": self._ask,
@@ -174,7 +183,8 @@ class Conversation:
         for event in events:
             if event["kind"] == "round":
                 self._archive.released(self._run, self._study, event)
-        self._archive.commit(self._run, *at, files[0], sha256, events)
+        records = self._added(document, Counter(_PLURAL[str(event["kind"])] for event in events))
+        self._archive.commit(self._run, *at, files[0], sha256, events, records)
         self._exchange.forget(self._run)
         self.commits += 1
         for event in events:
@@ -182,6 +192,37 @@ class Conversation:
                 where = f"round {at[0] + 1}, attempt {at[1]}: " if event.get("void") else ""
                 self._stage.committed(f"{where}{event.get('void', '')}")
         return {}, None
+
+    def _records(self, document: dict[str, Any], _: list[int]) -> Reply:
+        """Lines of the run's records that are kept, as many as fit."""
+        kind, start = wire.field(document, "kind", str), wire.field(document, "start", int)
+        if not 0 <= start < MOST_RECORDS:
+            raise self._wrong(f"asked for record {start} of its {kind[:40]!r}")
+        found = run_records.page(self._archive.store, self._run, kind, start)
+        return {"records": [base64.b64encode(one).decode() for one in found]}, None
+
+    def _keep(self, document: dict[str, Any], _: list[int]) -> Reply:
+        """Keep lines of a run of an earlier version, whose files held them: no more than it has told of as events."""
+        told = run_records.told(self._archive.store, self._run)
+        run_records.keep(self._archive.store, self._run, self._added(document, told, past=True))
+        return {}, None
+
+    def _added(self, document: dict[str, Any], most: Counter[str], *, past: bool = False) -> dict[str, Added]:
+        """The lines in a call. most: by kind, how many of them, or, of `past`, up to which place."""
+        added = {}
+        try:
+            for kind, (first, lines) in wire.field(document, "records", dict).items():
+                added[str(kind)] = Added(int(first), [base64.b64decode(one, validate=True) for one in lines])
+        except (TypeError, ValueError) as error:
+            raise self._wrong(f"hands over records that are none ({type(error).__name__})") from error
+        for kind, one in added.items():
+            kept = run_records.count(self._archive.store, self._run, kind)
+            end = len(one.lines) + (one.first if past else 0)
+            if kind not in HISTORIES or not 0 <= one.first <= kept or end > most[kind]:
+                raise self._wrong(
+                    f"hands over {len(one.lines)} records of {kind[:40]!r} from {one.first}, where {kept} are kept"
+                )
+        return added
 
     def _at(self) -> tuple[int, int]:
         """Rounds committed, and void attempts at the next."""

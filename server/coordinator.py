@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -74,9 +74,9 @@ def run(
     draws = draws or Stream.system()
     exchange = partial(_exchange, plan, clients, clock, begins)
     state = commits.load() or _begin(plan, name)
-    known = standings(state.rounds, plan.failures)
+    known, spent = standings(state.rounds, plan.failures), tally.over_budget(state.rounds)
     while state.round < plan.study.rounds:
-        if not _enough(plan, clients, state):
+        if not _enough(plan, clients, spent):
             break
         before, started = state, clock()
         kind: Ask = "query" if _asks_statistics(plan, state) else "train"
@@ -89,8 +89,9 @@ def run(
         del ballot  # the updates in it take up a disk
         state = commits.commit(state)  #                                   commit
         _tell(report, before, state)
-        known = standings(state.rounds[len(before.rounds) :], plan.failures, known)
-        if state.attempt and not _again(plan, clients, state, rest):
+        new = state.rounds[len(before.rounds) :]
+        known, spent = standings(new, plan.failures, known), tally.over_budget(new, spent)
+        if state.attempt and not _again(plan, clients, state, spent, rest):
             break
     if state.round:
         before = state
@@ -131,9 +132,9 @@ def _select(plan: Plan, clients: Clients, state: RunState, known: Standings, rng
     return Cohort(sorted([*chosen, *more]), len(chosen), resting)
 
 
-def _again(plan: Plan, clients: Clients, state: RunState, rest: Rest) -> bool:
+def _again(plan: Plan, clients: Clients, state: RunState, spent: Mapping[str, bool], rest: Rest) -> bool:
     """After a void attempt: whether there is another, now that time has passed, or sites are at hand."""
-    left = set(clients.sites()) - tally.over_budget(state.rounds)
+    left = [site for site in clients.sites() if not spent.get(site)]
     if len(left) < max(plan.study.cohort.min_sites, plan.strategy.reducer.minimum) <= len(clients.sites()):
         return False  # no waiting brings a budget back
     if state.attempt % ATTEMPTS == 0:
@@ -142,13 +143,12 @@ def _again(plan: Plan, clients: Clients, state: RunState, rest: Rest) -> bool:
     return True
 
 
-def _enough(plan: Plan, clients: Clients, state: RunState) -> bool:
+def _enough(plan: Plan, clients: Clients, spent: Mapping[str, bool]) -> bool:
     """Where cohorts are Poisson samples: whether so many sites are at hand that a round is more than noise. No round is
     void then for those that did not answer, as that would tell who was drawn."""
     if not plan.sampled:
         return True
-    spent = tally.over_budget(state.rounds)
-    while len(set(clients.sites()) - spent) < plan.study.cohort.min_sites:
+    while sum(not spent.get(site) for site in clients.sites()) < plan.study.cohort.min_sites:
         if len(clients.sites()) >= plan.study.cohort.min_sites or not clients.wait(()):
             return False
     return True

@@ -33,8 +33,9 @@ from consortium.server.offers import Closed, Offer, Received, Spooled
 
 GRACE = 10.0
 """Seconds between two polls in which a site still counts as at hand."""
-MOST_CLOSED = 4096
-"""Closed offers that are remembered."""
+MOST_CLOSED = 16
+"""Closed offers to one site that are remembered, the latest: an answer that is later than so many others is not told
+from one to nothing."""
 
 
 @dataclass
@@ -48,6 +49,14 @@ class _Asked:
     handed: int = 0
     total: int = 0
     kept: bool = False
+
+
+@dataclass
+class _Closed:
+    """An offer that was closed, and whether an answer to it has come since."""
+
+    about: Closed
+    answered: bool = False
 
 
 @dataclass
@@ -94,8 +103,7 @@ class Exchange:
         self._moved = threading.Condition(self._lock)
         self._sites: dict[str, _Presence] = {}
         self._asked: dict[str, _Asked] = {}
-        self._closed: OrderedDict[str, Closed] = OrderedDict()
-        self._late: set[str] = set()
+        self._closed: dict[str, OrderedDict[str, _Closed]] = {}  # by site and nonce
 
     # What the site door calls
 
@@ -189,12 +197,12 @@ class Exchange:
     def late(self, site: str, nonce: str) -> tuple[Closed, bool] | None:
         """The closed offer of that nonce to that site, and whether this is the first answer to it; None for no such."""
         with self._lock:
-            closed = self._closed.get(nonce)
-            if closed is None or closed.site != site:
+            of_site = self._closed.get(site)
+            found = of_site.get(nonce) if of_site is not None else None
+            if found is None:
                 return None
-            first = nonce not in self._late
-            self._late.add(nonce)
-            return closed, first
+            first, found.answered = not found.answered, True
+            return found.about, first
 
     def drop(self, site: str, reason: str) -> None:
         """Take back all that is asked of a site: it does not belong to the federation any more."""
@@ -203,6 +211,7 @@ class Exchange:
                 if asked.waiting.pop(site, None) is not None:
                     asked.came.put(Received(site, reason=reason))
             self._sites.pop(site, None)
+            self._closed.pop(site, None)
             self._moved.notify_all()
 
     # What the runs call
@@ -313,11 +322,13 @@ class Exchange:
             for offer in asked.waiting.values() if asked is not None else ():
                 fields = parse(offer.header).fields
                 place = int(fields["round"]), int(fields["attempt"])
-                self._closed[offer.nonce] = Closed(run, offer.site, str(fields["kind"]), *place)
+                about = Closed(run, offer.site, str(fields["kind"]), *place)
+                closed = self._closed.setdefault(offer.site, OrderedDict())
+                closed[offer.nonce] = _Closed(about)
+                while len(closed) > MOST_CLOSED:
+                    closed.popitem(last=False)
             if asked is not None:
                 asked.waiting.clear()
-            while len(self._closed) > MOST_CLOSED:
-                self._late.discard(self._closed.popitem(last=False)[0])
 
     def withdraw(self, run: str) -> None:
         """Take back what a run asked; whoever waits for its answers stops."""

@@ -5,7 +5,9 @@ Models travel as open files, never through the socket; what the process writes i
 
     ready {layout_bytes}                          -> {}
     load {}                                       -> {sha256} + file, or {} where nothing is committed
-    commit {round, attempt, sha256, events} + file -> {}, once it is durable
+    records {kind, start}                         -> {records}: lines that are kept, as many as fit
+    keep {records}                                -> {}, once they are durable: of files of an earlier version
+    commit {round, attempt, sha256, events, records} + file -> {}, once it is durable
     sites {}                                      -> {sites}
     interrupted {}                                -> {asked}: what was asked last, or null
     ask {headers by site, asked} + file or none   -> {refused: reasons by site}
@@ -20,6 +22,7 @@ Where the server cannot do what is asked it says {error, kind}, which is raised 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import mmap
 import os
@@ -46,7 +49,7 @@ from consortium.protocol.messages import (
     header_of,
     parse,
 )
-from consortium.protocol.sealed import DataKey, is_sealed, sealing
+from consortium.protocol.sealed import DataKey, is_sealed, seal, sealing, unseal
 from consortium.server import checkpoint
 from consortium.server.checkpoint import Begun
 from consortium.server.clients import Block
@@ -59,6 +62,8 @@ _ERRORS: Mapping[str, type[ConsortiumError]] = {
 }
 Part = tuple[dict[str, Any], memoryview]
 """As `messages.contents` gives it."""
+BATCH = 16
+"""Records of a file of an earlier version that are handed over at once."""
 LARGE = 8 << 20
 """Bytes of a model from which on a second thread pays."""
 _NOTHING = np.empty(0, np.float32)
@@ -106,7 +111,7 @@ class LinkCommits:
 
     def __init__(self, link: Link, run: str, folder: Path, key: DataKey) -> None:
         self._link, self._run, self._folder, self.key = link, run, folder, key
-        self._writer = checkpoint.Writer(run, key)
+        self._writer = checkpoint.Writer(run, key, self._history)
         self._shown = (0, 0)
         self._held: tuple[RunState, int] | None = None  # without its model and what else is large
         self._named: tuple[str, Any] = ("", None)  # a model's digest, and the hash that gave it
@@ -141,7 +146,7 @@ class LinkCommits:
         reply, file = self._link.call_for_file("load")
         if file is None:
             return None
-        state = checkpoint.read(file, str(reply["sha256"]), self._run, self.key)
+        state = self._writer.read(file, str(reply["sha256"]))
         if is_sealed(file):
             self._keep(state, file)
         else:
@@ -156,12 +161,12 @@ class LinkCommits:
             begun = None
         file = begun.file if begun is not None else nameless(self._folder)
         try:
-            sha256 = self._writer.write(state, file, begun)
+            sha256, added = self._writer.write(state, file, begun)
             rounds, evaluations = self._shown
             new: list[Round | Evaluation] = [*state.evaluations[evaluations:], *state.rounds[rounds:]]
             events = [document(one) for one in new]
             about = {"round": state.round, "attempt": state.attempt, "sha256": sha256, "events": events}
-            self._link.call("commit", [file], **about)
+            self._link.call("commit", [file], **about, records=self._sealed(added))
         except BaseException:
             os.close(file)
             raise
@@ -169,6 +174,32 @@ class LinkCommits:
         self._keep(state, file)
         self._shown = (len(state.rounds), len(state.evaluations))
         return state
+
+    def _history(self, kind: str, count: int) -> Iterator[bytes]:
+        """A `checkpoint.History` over the link."""
+        place = 0
+        while place < count:
+            found = self._link.call("records", kind=kind, start=place)["records"]
+            for sealed in found[: count - place]:
+                yield unseal(base64.b64decode(sealed), self.key, f"record {place} of its {kind}")
+                place += 1
+            if not found:
+                return
+
+    def _sealed(self, added: Mapping[str, checkpoint.Added]) -> dict[str, list[Any]]:
+        """The lines that a commit hands over. Those of which was told before are handed over at once: the file before
+        held them, as an earlier version made it."""
+        kept = {}
+        for (kind, (first, lines)), shown in zip(added.items(), self._shown, strict=True):
+            own = max(0, shown - first)
+            for start in range(0, own, BATCH):
+                batch = [self._seal(line) for line in lines[start : min(own, start + BATCH)]]
+                self._link.call("keep", records={kind: [first + start, batch]})
+            kept[kind] = [first + own, [self._seal(line) for line in lines[own:]]]
+        return kept
+
+    def _seal(self, line: bytes) -> str:
+        return base64.b64encode(seal(line, self.key)).decode()
 
     def beginning(self, instruction: Instruction, parts: Sequence[Part]) -> tuple[str, int] | None:
         """The SHA-256 of the instruction's content, which has these parts, and a duplicate of the last commit's file,

@@ -32,7 +32,7 @@ from consortium.protocol.watching import FORBIDDEN, LOOK_EVERY, beyond, plain, p
 from consortium.server.link import Link
 from consortium.server.plans import CODE
 
-CARRIED = ("load", "sites", "ready", "interrupted", "ask", "answers", "commit", "wait")
+CARRIED = ("load", "sites", "ready", "interrupted", "ask", "answers", "records", "keep", "commit", "wait")
 LARGEST = 1 << 30
 """Bytes of a layout, or of a message, that it may announce; answers may be a little larger."""
 MOST_SAID = 8 << 20

@@ -17,7 +17,7 @@ from typing import Any
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
 from consortium.protocol.files import sync_folder
 
-FORMAT = 1
+FORMAT = 2
 CACHE = 256
 """KiB of pages that SQLite holds. Its default of 2,000 would fill with events over hundreds of rounds."""
 
@@ -81,6 +81,15 @@ CREATE TABLE events (             -- what watch shows, in order
 ) STRICT;
 CREATE INDEX events_of_run ON events (run, id);
 """
+_RECORDS = """
+CREATE TABLE records (            -- of a run's rounds and evaluations: server/checkpoint.py
+    run TEXT NOT NULL,
+    kind TEXT NOT NULL,           -- rounds, evaluations
+    place INTEGER NOT NULL,       -- from 0; those from the number that the last commit's document names count not
+    content BLOB NOT NULL,        -- a line, encrypted under the run's key
+    PRIMARY KEY (run, kind, place)
+) STRICT;
+"""
 _LATER = """
 CREATE TABLE IF NOT EXISTS bundles (  -- server/archive.py
     study TEXT PRIMARY KEY,       -- digest of the study: its settings and its code
@@ -133,7 +142,7 @@ CREATE TABLE IF NOT EXISTS shown (    -- the newest statement of each site about
 """Tables that a database of this format may lack, because an earlier version made it."""
 
 
-STEPS: Mapping[int, str] = {}
+STEPS: Mapping[int, str] = {1: _RECORDS}
 """SQL that makes a database of the next format from one of the format that it is listed under."""
 
 
@@ -178,7 +187,9 @@ class Store:
                 f"wrote it. Install that one again, or restore a backup of before"
             )
         if not found:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
+            self._db.executescript(
+                f"BEGIN IMMEDIATE; {_TABLES} {_RECORDS} PRAGMA user_version = {FORMAT}; COMMIT;"
+            )
             found = FORMAT
         elif found < last:
             self._copy(self._path.with_name(f"{self._path.name}.format-{found}"))

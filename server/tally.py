@@ -20,6 +20,8 @@ from consortium.server.records import Evaluation, Round
 from consortium.server.standing import NOT_NEEDED
 from consortium.strategies.base import Contribution, Reducer
 
+_NOBODY: Mapping[str, bool] = {}
+
 
 @dataclass(frozen=True)
 class Ballot:
@@ -213,12 +215,13 @@ def releases(rounds: Sequence[Round], mechanism: Mechanism | None) -> dict[str, 
     return dict(Counter(site for site, _ in found))
 
 
-def over_budget(rounds: Sequence[Round]) -> set[str]:
-    """The sites that declined for their privacy budget when they were last heard."""
-    last: dict[str, str] = {}
+def over_budget(rounds: Iterable[Round], before: Mapping[str, bool] = _NOBODY) -> Mapping[str, bool]:
+    """By site, whether it declined for its privacy budget when it was last heard. before: as of the rounds before."""
+    last = dict(before)
     for record in rounds:
-        last |= dict.fromkeys(record.admitted, "") | dict(record.left_out)
-    return {site for site, reason in last.items() if reason.startswith(f"declined: {OVER}")}
+        last |= dict.fromkeys(record.admitted, False)
+        last |= {site: why.startswith(f"declined: {OVER}") for site, why in record.left_out.items()}
+    return last
 
 
 def better(metric: str, one: Evaluation, other: Evaluation | None) -> bool:

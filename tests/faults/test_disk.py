@@ -34,7 +34,7 @@ from consortium.protocol.signing import ANSWER, raw, sign
 from consortium.protocol.study import Study
 from consortium.server.archive import Archive
 from consortium.server.check import check
-from consortium.server.checkpoint import Writer, read
+from consortium.server.checkpoint import Writer
 from consortium.server.kept_answers import KeptAnswers
 from consortium.server.link import Link, LinkClients, LinkCommits, nameless
 from consortium.server.offers import Offer, Received, Spooled
@@ -76,7 +76,7 @@ def commit(archive: Archive, round: int) -> None:
     file = nameless(archive.folder)
     try:
         state = RunState(round, 0, model, digest_of([model]), None, {}, {})
-        sha256 = Writer(RUN, archive.key_of(RUN)).write(state, file)
+        sha256 = Writer(RUN, archive.key_of(RUN)).write(state, file).sha256
         archive.commit(RUN, round, 0, file, sha256, [{"kind": "round", "round": round}])
     finally:
         os.close(file)
@@ -88,7 +88,7 @@ def round_of(archive: Archive) -> int:
     assert kept is not None
     file = archive.open(RUN, kept)
     try:
-        return read(file, kept.sha256, RUN, archive.key_of(RUN)).round
+        return Writer(RUN, archive.key_of(RUN)).read(file, kept.sha256).round
     finally:
         os.close(file)
 

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,12 @@ from consortium.protocol.errors import ConsortiumError
 from consortium.protocol.files import private_folder, write_private
 from consortium.protocol.layout import Array, Segment
 from consortium.protocol.messages import Answer, Instruction, Payload, encode
-from consortium.protocol.sealed import DataKey
+from consortium.protocol.sealed import DataKey, new_data_key
+from consortium.protocol.sealed import seal as seal_line
 from consortium.protocol.signing import ANSWER, raw, sign
-from consortium.server import checkpoint
+from consortium.server import checkpoint, run_records
 from consortium.server.archive import Archive
+from consortium.server.checkpoint import Added
 from consortium.server.coordinator import run
 from consortium.server.export import place
 from consortium.server.kept_answers import KeptAnswers
@@ -43,6 +46,7 @@ STUDY = Study.parse(
 )
 LAYOUT = Layout((Segment("shared", "float32", (Array("w", (3,)),)),))
 RUN = "s.1"
+KEY = new_data_key()
 CUT_ROUND = 2
 
 
@@ -51,7 +55,7 @@ class Commits:
 
     def __init__(self, archive: Archive, around: Callable[[RunState, Callable[[], None]], None]) -> None:
         self._archive, self._around = archive, around
-        self._writer = checkpoint.Writer(RUN)
+        self._writer = checkpoint.Writer(RUN, KEY, partial(run_records.history, archive.store, RUN, KEY))
 
     def load(self) -> RunState | None:
         commit = self._archive.committed(RUN)
@@ -59,7 +63,7 @@ class Commits:
             return None
         file = self._archive.open(RUN, commit)
         try:
-            return checkpoint.read(file, commit.sha256, RUN)
+            return self._writer.read(file, commit.sha256)
         finally:
             os.close(file)
 
@@ -70,9 +74,12 @@ class Commits:
     def _commit(self, state: RunState) -> None:
         file = nameless(self._archive.folder)
         try:
-            sha256 = self._writer.write(state, file)
+            sha256, added = self._writer.write(state, file)
             events = [{"kind": "round", "round": state.round}]
-            self._archive.commit(RUN, state.round, state.attempt, file, sha256, events)
+            sealed = {
+                kind: Added(at, [seal_line(one, KEY) for one in lines]) for kind, (at, lines) in added.items()
+            }
+            self._archive.commit(RUN, state.round, state.attempt, file, sha256, events, sealed)
         finally:
             os.close(file)
 

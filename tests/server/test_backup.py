@@ -50,7 +50,7 @@ class Folder:
         model = np.full(300_000, round, np.float32)
         state = RunState(round, 0, model, digest_of([model]), None, {}, {})
         file = nameless(self.path / CHECKPOINTS)
-        sha256 = Writer(RUN, self.archive.key_of(RUN)).write(state, file)
+        sha256 = Writer(RUN, self.archive.key_of(RUN)).write(state, file).sha256
         self.archive.commit(RUN, round, 0, file, sha256, [{"kind": "round", "round": round}])
         os.close(file)
 

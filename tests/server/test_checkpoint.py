@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kept_lines import Lines
 
 from consortium.protocol.errors import ConsortiumError, IntegrityError
 from consortium.protocol.layout import Vector, digest_of
 from consortium.protocol.sealed import DataKey, Sealed, new_data_key
 from consortium.server import checkpoint
-from consortium.server.checkpoint import Writer, read
+from consortium.server.checkpoint import Writer
 from consortium.server.link import nameless
 from consortium.server.records import Evaluation, Past, Round, RunState, followed
 from consortium.strategies.catalogue import CATALOGUE, Entry
@@ -81,10 +82,21 @@ def states(draw: st.DrawFn) -> RunState:
     )
 
 
-def there_and_back(state: RunState, folder: Path, writer: Writer | None = None) -> RunState:
-    file = nameless(folder)
+def read(
+    file: int, sha256: str, run: str, key: DataKey | None = None, lines: Lines | None = None
+) -> RunState:
+    return Writer(run, key, lines or Lines()).read(file, sha256)
+
+
+def there_and_back(
+    state: RunState, folder: Path, writer: Writer | None = None, lines: Lines | None = None
+) -> RunState:
+    file, lines = nameless(folder), lines or Lines()
+    writer = writer or Writer("r.1", None, lines)
     try:
-        return read(file, (writer or Writer("r.1")).write(state, file), "r.1")
+        sha256 = lines.take(writer.write(state, file))
+        writer.put_away(state)
+        return read(file, sha256, "r.1", None, lines)
     finally:
         os.close(file)
 
@@ -97,7 +109,7 @@ def exact(value: Any) -> Any:
         return "NaN" if math.isnan(value) else (value, math.copysign(1, value))
     if isinstance(value, Mapping):
         return [(key, exact(one)) for key, one in value.items()]
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | Past):
         return [exact(one) for one in value]
     if isinstance(value, RunState | Round | Evaluation):
         return [exact(one) for one in vars(value).values()]
@@ -144,9 +156,10 @@ def state_of(size: int = 1000, records: int = 3) -> RunState:
 
 def test_a_writer_that_wrote_before_writes_the_same_state(tmp_path: Path) -> None:
     """Records that are encoded once are all there in every later file."""
-    writer = Writer("r.1")
+    lines = Lines()
+    writer = Writer("r.1", None, lines)
     for records in (0, 1, 1, 5):
-        assert exact(there_and_back(state_of(records=records), tmp_path, writer)) == exact(
+        assert exact(there_and_back(state_of(records=records), tmp_path, writer, lines)) == exact(
             state_of(records=records)
         )
 
@@ -162,40 +175,41 @@ def test_the_file_begins_with_the_model(tmp_path: Path) -> None:
 def test_an_encrypted_file_begins_with_the_model_and_shows_nothing(tmp_path: Path) -> None:
     """Whoever has the run's key reads the model from its start; the file holds no trace of what it is about."""
     state, file = state_of(), nameless(tmp_path)
-    sha256 = Writer("r.1", KEY).write(state, file)
+    lines = Lines()
+    sha256 = lines.take(Writer("r.1", KEY).write(state, file))
     first = b"".join(map(bytes, Sealed(file, KEY).pieces(0, state.model.nbytes)))
     assert hashlib.sha256(first).hexdigest() == state.digest
     whole = os.pread(file, os.fstat(file).st_size, 0)
     assert not [word for word in (state.model.tobytes()[:8], b"CSCP", b"sha256", b"r.1") if word in whole]
-    assert read(file, sha256, "r.1", KEY).digest == state.digest
+    assert read(file, sha256, "r.1", KEY, lines).digest == state.digest
     with pytest.raises(IntegrityError, match="the checkpoint is damaged"):
-        read(file, sha256, "r.1", KEY.of("another run"))
+        read(file, sha256, "r.1", KEY.of("another run"), lines)
     os.close(file)
 
 
 @pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
 def test_whatever_byte_changes_is_found(tmp_path: Path, key: DataKey | None) -> None:
     """One flipped bit anywhere, a shorter or a longer file: refused as damaged, never read otherwise."""
-    file = nameless(tmp_path)
-    sha256 = Writer("r.1", key).write(state_of(40, 1), file)
+    file, lines = nameless(tmp_path), Lines()
+    sha256 = lines.take(Writer("r.1", key).write(state_of(40, 1), file))
     whole = os.pread(file, os.fstat(file).st_size, 0)
     for place in range(len(whole)):
         os.pwrite(file, bytes([whole[place] ^ 1]), place)
         with pytest.raises(IntegrityError, match="the checkpoint is damaged"):
-            read(file, sha256, "r.1", key)
+            read(file, sha256, "r.1", key, lines)
         os.pwrite(file, whole[place : place + 1], place)
-    assert read(file, sha256, "r.1", key).round == 1
+    assert read(file, sha256, "r.1", key, lines).round == 1
     for length in (0, 5, 12, len(whole) - 1, len(whole) + 1):
         os.ftruncate(file, length)
         with pytest.raises(IntegrityError, match="the checkpoint is damaged"):
-            read(file, sha256, "r.1", key)
+            read(file, sha256, "r.1", key, lines)
     os.close(file)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     """Files that were swapped between two runs are found, though each is whole."""
     file = nameless(tmp_path)
-    sha256 = Writer("r.2").write(state_of(), file)
+    sha256 = Writer("r.2").write(state_of(), file).sha256
     with pytest.raises(IntegrityError, match="another run"):
         read(file, sha256, "r.1")
     os.close(file)
@@ -219,14 +233,12 @@ def test_large_arrays_are_mapped_and_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", [None, KEY], ids=["plain", "sealed"])
 def test_records_are_put_away_and_read_again(tmp_path: Path, key: DataKey | None) -> None:
-    """After each commit only the latest record of a kind is in memory; all are there, in order, for who asks, and in
-    each file; it is read as one that was written at once, byte for byte."""
+    """After each commit only the latest record of a kind is in memory; all are there, in order, for who asks and who
+    goes on; a file and what a commit adds are as long after sixty rounds as after two, and the document is that of a
+    state that was written at once."""
     model = np.arange(3, dtype=np.float32)
-    state, writer, made = (
-        RunState(0, 0, model, digest_of([model]), None, {}, {}),
-        Writer("r", key),
-        list[Round](),
-    )
+    lines, made, sizes = Lines(), list[Round](), list[int]()
+    state, writer = RunState(0, 0, model, digest_of([model]), None, {}, {}), Writer("r", key, lines)
     for number in range(60):
         updates = {f"s{site}": f"{number:032}{site:032}" for site in range(20)}
         made.append(
@@ -237,13 +249,20 @@ def test_records_are_put_away_and_read_again(tmp_path: Path, key: DataKey | None
             state, rounds=followed(state.rounds, made[-1]), evaluations=followed(state.evaluations, judged)
         )
         file = nameless(tmp_path)
-        sha256 = writer.write(state, file)
+        written = writer.write(state, file)
+        assert [(one.first, len(one.lines)) for one in written.added.values()] == [(number, 1)] * 2
+        sha256 = lines.take(written)
+        sizes.append(os.fstat(file).st_size)
         state = writer.put_away(state)
-        whole = read(file, sha256, "r", key)
+        whole = read(file, sha256, "r", key, lines)
         at_once = nameless(tmp_path)
-        assert Writer("r", key).write(whole, at_once) == sha256
+        assert Writer("r", key).write(whole, at_once).sha256 == sha256
+        if number == 30:  # another process takes it up
+            writer = Writer("r", key, lines)
+            state = writer.read(file, sha256)
         os.close(at_once)
         os.close(file)
+    assert max(sizes) - sizes[1] < 8  # a count has more digits
     assert isinstance(state.rounds, Past)
     assert [*state.rounds] == made == [*whole.rounds]
     assert [*reversed(state.rounds)] == made[::-1]

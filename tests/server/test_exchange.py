@@ -110,12 +110,13 @@ def test_what_was_not_answered_in_time_is_known_to_be_late(exchange: Exchange) -
 
 
 def test_few_closed_offers_are_remembered(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many rounds a site misses, memory does not grow."""
-    monkeypatch.setattr(module, "MOST_CLOSED", 4)
+    """However many rounds a site misses, memory does not grow; one site's do not displace another's."""
+    monkeypatch.setattr(module, "MOST_CLOSED", 2)
     old = [ask(exchange, round=number)["north"].nonce for number in range(1, 8)]
     exchange.withdraw("run")
     known = [nonce for nonce in old if exchange.late("north", nonce) is not None]
     assert known == old[-2:]
+    assert sum(len(closed) for closed in exchange._closed.values()) == 4
 
 
 def test_who_is_away_is_named(tmp_path: Path) -> None:

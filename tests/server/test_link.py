@@ -124,7 +124,7 @@ def test_a_model_that_was_written_while_it_was_named_is_committed_whole(
         monkeypatch.setattr(commits, "_link", Recording(sent))
         commits.commit(kept)
         assert commits._held is not None
-        found = checkpoint.read(commits._held[1], sent["sha256"], "r", KEY)
+        found = checkpoint.Writer("r", KEY).read(commits._held[1], sent["sha256"])
         assert found.model.tobytes() == kept.model.tobytes()
         assert found.digest == kept.digest
         open_files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
