@@ -2,10 +2,10 @@
 
     python -m consortium.client.copy_without < REQUEST
 
-The request is a JSON object: `site`, `mapping`, `source` (a CSV or Parquet file), `path` of the copy and `excluded`
-(`client/exclusions.py`). The copy is a file of the same kind, and each of its rows is as it was: the same cells, and
-malformed where it was. It is read and written in parts, so memory does not grow with the table. The numbers of the rows
-that were taken out go to stdout, as a JSON list.
+The request is a JSON object: `site`, `mapping`, `source` (a CSV or Parquet file), `path` of the copy, `key` (hex), what
+that is encrypted under, or "", and `excluded` (`client/exclusions.py`). The copy is a file of the same kind, and each
+of its rows is as it was: the same cells, and malformed where it was. It is read and written in parts, so memory does
+not grow with the table. The numbers of the rows that were taken out go to stdout, as a JSON list.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import csv
 import gzip
 import io
 import json
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,9 +26,11 @@ import pyarrow.parquet as pq
 from consortium.client.columns import text_of
 from consortium.client.exclusions import Exclusions
 from consortium.client.mapping import SourceMap, parse
+from consortium.client.sealed_copy import writing
 from consortium.client.tables import CSV, PARQUET, separator_of
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.lifeline import end_with
+from consortium.protocol.sealed import DataKey
 
 ROWS = 20_000
 """Rows of a Parquet file that are in memory at once."""
@@ -44,7 +45,7 @@ def main() -> int:
         how = parse(request["mapping"], f"site '{request['site']}', mapping").source
         where = f"site '{request['site']}', {request['source']}"
         excluded = Exclusions.parse(request["excluded"])
-        gaps = copy(where, Path(request["source"]), Path(request["path"]), how, excluded)
+        gaps = copy(where, Path(request["source"]), Path(request["path"]), how, excluded, key_of(request))
     except ConsortiumError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -57,9 +58,11 @@ def main() -> int:
     return 0
 
 
-def copy(where: str, source: Path, path: Path, how: SourceMap, excluded: Exclusions) -> list[int]:
+def copy(
+    where: str, source: Path, path: Path, how: SourceMap, excluded: Exclusions, key: DataKey | None = None
+) -> list[int]:
     """Write the file `source` to the new file `path`, mode 0400, without the rows that are excluded; the numbers of
-    these, from 0. how: [source] of the mapping. where: names the table in errors.
+    these, from 0. how: [source] of the mapping. key: what it is encrypted under. where: names the table in errors.
 
     Raises:
         InputError: it is no table, cannot be read, or has not exactly one column of that name.
@@ -67,8 +70,7 @@ def copy(where: str, source: Path, path: Path, how: SourceMap, excluded: Exclusi
     kind = source.name.lower()
     if not kind.endswith(CSV + PARQUET):
         raise InputError(f"{where}: {NO_TABLE}")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
-    with os.fdopen(descriptor, "wb") as file:
+    with writing(path, key) as file:
         try:
             if kind.endswith(PARQUET):
                 gaps = _parquet(where, source, file, excluded)
@@ -76,9 +78,12 @@ def copy(where: str, source: Path, path: Path, how: SourceMap, excluded: Exclusi
                 gaps = _csv(where, source, file, separator_of(source, how), how.encoding, excluded)
         except (OSError, UnicodeError, LookupError, csv.Error, pa.ArrowException) as error:
             raise InputError(f"{where}: cannot be copied ({type(error).__name__}); is it damaged?") from error
-        file.flush()
-        os.fsync(file.fileno())
     return gaps
+
+
+def key_of(request: Mapping[str, Any]) -> DataKey | None:
+    """What a copy is encrypted under, None for not."""
+    return DataKey(bytes.fromhex(request["key"])) if request["key"] else None
 
 
 NO_TABLE = "rows can be excluded from CSV, Parquet and SQL alone; take the records out of the source itself"

@@ -3,7 +3,8 @@
 It speaks over the socket that it was started with (`protocol/local.py`). First it is told what it works on:
 
     {"study": text, "app": "flower" or nothing, "code": folder or "", "site": name, "source": {"path", "mapping",
-     "key": hex}, "state": folder, "key": hex, "epoch": int, "judges": whether models are judged that the server sends}
+     "key": hex, "gaps", "sealed": how many files of it are encrypted}, "state": folder, "key": hex, "epoch": int,
+     "judges": whether models are judged that the server sends}
 
 A study that brings code is worked on only by a process that was confined (`protocol/confined.py`), or whose operator
 approved it without.
@@ -33,7 +34,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from consortium.client.judging import check_graph
+from consortium.client.sealed_copy import most_open, open_all
 from consortium.client.site import Site, check_model, open_site, start
+from consortium.client.snapshot import of_run
 from consortium.client.store import Kept, Store, asked_for
 from consortium.client.task import Source, task_of
 from consortium.client.trainer import Resident
@@ -51,7 +54,6 @@ if TYPE_CHECKING:
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 """What a disk says that is full, read-only or broken; other errors come of what is read, a study's code among it."""
 LONGEST_REASON = 2000
-OPEN_FILES = 1024
 _PARENT_ENDED = 1  # PR_SET_PDEATHSIG
 
 _log = logging.getLogger("worker")
@@ -69,14 +71,15 @@ def serve(descriptor: int, confine: Callable[[], None]) -> int:
             import consortium.client.flower_app  # noqa: F401 - likewise
         if about.get("judges"):
             import onnxruntime  # noqa: F401 - before it is confined
+        trouble = _opened(about)
         confine()
-        worker = _warm(about)
+        worker = _warm(about, trouble)
         local.send(connection, {"up": True})
         while True:
             question, files = local.receive(connection)
             content: list[int] = []
             try:
-                worker = worker or _worker(about)
+                worker = worker or _worker(about, trouble)
                 run, asked, model = (str(question[name]) for name in ("run", "header", "model"))
                 header, content = worker.reply(run, asked.encode(), model, files)
                 reply = {"header": header.decode()}
@@ -100,18 +103,36 @@ def serve(descriptor: int, confine: Callable[[], None]) -> int:
         return 0
 
 
-def _worker(about: Mapping[str, Any]) -> Worker | AppWorker:
+def _opened(about: Mapping[str, Any]) -> Exception | None:
+    """Have the data of a run in memory, as far as they lie encrypted, and bound how many files are open; what is wrong
+    with them."""
+    source = about["source"]
+    sealed = int(source.get("sealed", 0))
+    most = most_open(sealed)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if not sealed:
+        return None
+    try:
+        open_all(Path(source["path"]).parent, sealed, of_run(DataKey(bytes.fromhex(about["key"]))))
+    except (ConsortiumError, OSError) as error:
+        return error
+    return None
+
+
+def _worker(about: Mapping[str, Any], trouble: Exception | None) -> Worker | AppWorker:
     if not about.get("app"):
-        return Worker(about)
+        return Worker(about, trouble)
+    if trouble is not None:
+        raise trouble
     from consortium.client.flower_app import AppWorker
 
     return AppWorker(about)
 
 
-def _warm(about: Mapping[str, Any]) -> Worker | AppWorker | None:
+def _warm(about: Mapping[str, Any], trouble: Exception | None) -> Worker | AppWorker | None:
     """A worker with its data loaded; None where that cannot be: the first instruction will say why."""
     try:
-        worker = _worker(about)
+        worker = _worker(about, trouble)
         worker.warm()
     except ConsortiumError:
         return None
@@ -122,22 +143,20 @@ def _warm(about: Mapping[str, Any]) -> Worker | AppWorker | None:
 
 
 def _confine() -> None:
-    """Die with the agent, leave no core file, and have a bounded number of open files."""
+    """Die with the agent, and leave no core file."""
     ctypes.CDLL(None).prctl(_PARENT_ENDED, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = OPEN_FILES if most == resource.RLIM_INFINITY else min(most, OPEN_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class Worker:
-    """One site of one run.
+    """One site of one run. trouble: why its data are not in memory; what was answered before is answered all the same.
 
     Raises:
         InputError: the study does not fit this version.
     """
 
-    def __init__(self, about: Mapping[str, Any]) -> None:
+    def __init__(self, about: Mapping[str, Any], trouble: Exception | None = None) -> None:
+        self._trouble = trouble
         torch.set_num_threads(1)  # more would change the bits
         code = about.get("code", "")
         self._study = Study.parse(about["study"], folder=Path(code) if code else None)
@@ -162,6 +181,8 @@ class Worker:
 
     def warm(self) -> None:
         """Load the site's data. Raises as the task's `data`."""
+        if self._trouble is not None:
+            raise self._trouble
         self._site.warm()
 
     def reply(self, run: str, header: bytes, model: str, files: list[int]) -> tuple[bytes, list[int]]:
@@ -193,6 +214,8 @@ class Worker:
         before = self._kept.header_to(instruction, asked)
         if before is not None:
             return before
+        if self._trouble is not None:
+            raise self._trouble
         if instruction.kind == "judge":
             check_graph(instruction)
         else:

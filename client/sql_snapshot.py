@@ -2,9 +2,10 @@
 
     python -m consortium.client.sql_snapshot < REQUEST
 
-The request is a JSON object: `site`, `mapping` (a document with sql and url under [source]), `path` of the file and
-`excluded` (`client/exclusions.py`), whose rows are not written and whose numbers go to stdout, as a JSON list. The
-password is where the mapping says, in the environment or a file; it is in no argument and in nothing that is written.
+The request is a JSON object: `site`, `mapping` (a document with sql and url under [source]), `path` of the file, `key`
+(hex), what that is encrypted under, or "", and `excluded` (`client/exclusions.py`), whose rows are not written and
+whose numbers go to stdout, as a JSON list. The password is where the mapping says, in the environment or a file; it is
+in no argument and in nothing that is written.
 
 Every cell is written as the text by which it would be read straight from the database (`client/columns.py`), so a site
 learns the same, bit for bit, from the snapshot.
@@ -13,7 +14,6 @@ learns the same, bit for bit, from the snapshot.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,12 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from consortium.client.columns import text_of
-from consortium.client.copy_without import place
+from consortium.client.copy_without import key_of, place
 from consortium.client.exclusions import Exclusions
 from consortium.client.mapping import parse
+from consortium.client.sealed_copy import writing
 from consortium.client.tables import queried
 from consortium.protocol.errors import ConsortiumError, InputError
 from consortium.protocol.lifeline import end_with
+from consortium.protocol.sealed import DataKey
 
 CHUNK = 20_000
 """Rows that are in memory at once."""
@@ -41,7 +43,7 @@ def main() -> int:
         request = json.load(sys.stdin)
         end_with(request["parent"])
         excluded = Exclusions.parse(request["excluded"])
-        gaps = write(request["site"], request["mapping"], Path(request["path"]), excluded)
+        gaps = write(request["site"], request["mapping"], Path(request["path"]), excluded, key_of(request))
     except ConsortiumError as error:
         print("\n".join([str(error), *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.exit_code
@@ -52,9 +54,11 @@ def main() -> int:
     return 0
 
 
-def write(site: str, mapping: dict[str, Any], path: Path, excluded: Exclusions) -> list[int]:
+def write(
+    site: str, mapping: dict[str, Any], path: Path, excluded: Exclusions, key: DataKey | None = None
+) -> list[int]:
     """Run the mapping's query and write its result to `path`, mode 0400, without the rows that are excluded; their
-    numbers, from 0.
+    numbers, from 0. key: what it is encrypted under.
 
     Raises:
         InputError: the mapping or the database is not in order, or a cell is a list or the like.
@@ -64,13 +68,9 @@ def write(site: str, mapping: dict[str, Any], path: Path, excluded: Exclusions) 
         names = [str(name) for name in result.keys()]  # noqa: SIM118 - it is no mapping
         at = place(f"{where}, source.sql", names, excluded.column) if excluded.digests else None
         schema = pa.schema([(name, pa.string()) for name in names])
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
-        with os.fdopen(descriptor, "wb") as file:
-            with pq.ParquetWriter(file, schema) as writer:
-                for table in _tables(result, schema, at, excluded, gaps):
-                    writer.write_table(table)
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(path, key) as file, pq.ParquetWriter(file, schema) as writer:
+            for table in _tables(result, schema, at, excluded, gaps):
+                writer.write_table(table)
     return gaps
 
 

@@ -148,7 +148,7 @@ class SiteWork:
         self._note = note
         self._home, self._key, self._data = home, key, Datasets(home)
         self._approvals, self._public, self._charge = approvals, public, charge
-        self._snapshots = Snapshots(home.config.site, home.spool)
+        self._snapshots = Snapshots(home.config.site, home.spool, key)
         self._lock = threading.Lock()
         self._warm: OrderedDict[str, _Warm] = OrderedDict()
         self._runs: set[str] = set()
@@ -278,7 +278,7 @@ class SiteWork:
             "epoch": given.epoch,
             "key": self._key.of(f"run {run}").secret.hex(),
         }
-        told, places = self._code(given, unconfined, str(source.path))
+        told, places = self._code(given, unconfined, str(source.path.parent))
         folder = place_of(self._home.spool, run) / "work"
         with self._lock:
             if self._stopped or self._halted(run) != halts:

@@ -70,6 +70,8 @@ class _Telling:
             real = os.path.realpath(os.fsdecode(path))
         except (OSError, ValueError):
             return
+        if real.startswith("/memfd:"):
+            return  # data that the worker holds in memory
         if not any(real == place or real.startswith(place + "/") for place in self._places):
             self._left -= 1
             os.write(

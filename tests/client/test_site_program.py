@@ -155,9 +155,9 @@ def test_an_answer_that_was_stored_but_not_sent_is_sent_after_a_restart(world: W
         wait_for(lambda: not Path(f"/proc/{worker}").exists(), 5, "the worker lives on")
     expected = inline(world, world.study).answer(question)
     world.refuse.clear()
-    for copy in world.home.spool.glob("*/snapshot/data.csv"):
-        copy.chmod(0o600)
-        copy.write_text("nothing\n")
+    (copy,) = world.home.spool.glob("*/snapshot/.sealed/0")
+    copy.chmod(0o600)
+    copy.write_text("nothing\n")
     again = ask(world, world.study, "train", 1)
     del world.offers[question.nonce]
     with program(world):
