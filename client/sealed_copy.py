@@ -18,9 +18,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
-
-from typing_extensions import Buffer
+from typing import Any, BinaryIO, cast
 
 from consortium.protocol.errors import InputError
 from consortium.protocol.files import write_early
@@ -67,7 +65,7 @@ class _Sealing(io.RawIOBase):
     def tell(self) -> int:
         return self._size
 
-    def write(self, content: Buffer, /) -> int:
+    def write(self, content: Any, /) -> int:
         view = memoryview(content).cast("B")
         for piece in self._sealer.take(view):
             self._file.write(piece)
