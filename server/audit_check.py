@@ -18,8 +18,7 @@ from consortium.server.federation import DATABASE, Federation
 from consortium.server.heads import witnessed
 from consortium.server.serving import acts
 from consortium.server.serving.gate_file import MODELS
-from consortium.server.serving.registry import STATE, Registry
-from consortium.server.serving.versions import State
+from consortium.server.serving.registry import Registry
 from consortium.server.store import Store
 
 LOOKS, PAUSE = 5, 0.2
@@ -50,20 +49,10 @@ def check(federation: Federation) -> Checked:
         head = verify(federation, list(sites.values()))
         events = _events(store, federation)  # waits for a decision that is noted and not committed yet
         decisions = _decisions(store, federation.config.name)
-        return Checked(head, events, decisions, sites, _acts(federation))
+        registry = Registry(federation.folder / MODELS, time.time)
+        return Checked(head, events, decisions, sites, acts.check_registry(registry))
     finally:
         store.close()
-
-
-def _acts(federation: Federation) -> int:
-    """How many acts on the federation's registry stand in the log as they do there."""
-    registry = Registry(federation.folder / MODELS, time.time)
-    name = name_at_server(federation.config.name, federation.root_fingerprint)
-    files = audit.segments(federation.folder / FOLDER)
-    if not registry.folder.is_dir():
-        return acts.check(registry.folder / STATE, State(), chain.entries(files, name))
-    with registry.held(new=True) as state:  # so that no act is in the log alone because it is under way
-        return acts.check(registry.folder / STATE, state, chain.entries(files, name))
 
 
 Decision = tuple[str, int, str]

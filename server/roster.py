@@ -126,7 +126,8 @@ class Roster:
         given is the invitation's.
 
         Raises:
-            RefusedError: there is no such invitation, it was used or has expired, or the secret is not its.
+            RefusedError: there is no such invitation, it was used or has expired, or the secret is not its; or the
+                identity key is that of a site of another name.
         """
         now = self._clock()
         with self._store.transaction() as db:
@@ -142,6 +143,13 @@ class Roster:
             if not right or row["used_by"] or row["expires"] <= now or row["status"] != "invited":
                 raise RefusedError(NO_ENTRY)
             site = str(row["site"])
+            sql = "SELECT name FROM sites WHERE identity = ? AND name != ?"
+            other = db.execute(sql, (joining.identity, site)).fetchone()
+            if other is not None:  # who is left out, or revoked, by one name is not to come back by another
+                raise RefusedError(
+                    f"the identity key is that of site '{other['name']}'; join by a code for that name, or from a new "
+                    "folder"
+                )
             issued = issue(site, now)
             db.execute(
                 "UPDATE invitations SET used_by = ?, request = ?, chain = ? WHERE site = ?",

@@ -91,9 +91,9 @@ class Runs:
         return self._start(study).name
 
     def rerun(self, name: str, without: Sequence[str], members: Collection[str]) -> dict[str, Any]:
-        """Begin a run anew of the very study of a run before, without some sites. name: the run's, or its study's for
-        the latest. members: the sites that have joined. `notes` of what it returns says where the model's bits are not
-        those of a run that the sites never joined.
+        """Begin a run anew of the very study of a run before, without some sites, and without those that the run before
+        was made without. name: the run's, or its study's for the latest. members: the sites that have joined. `notes`
+        of what it returns says where the model's bits are not those of a run that the sites never joined.
 
         Raises:
             InputError: there is no such run, no site is named, or one is unknown.
@@ -101,7 +101,10 @@ class Runs:
         """
         before = self._find(name)
         study = Study.parse(before.text, source=f"the study of run '{before.name}'", code=self._code(before))
-        known = {*members, *self._history(before.name).sites}
+        # As if they had never joined the run before, which may itself have been without others: they stay out.
+        out = self._archive.without(before.name)
+        known = {*members, *out, *self._history(before.name).sites}
+        without = sorted({*without, *out}) if without else without
         rerun.check(study, before.name, without, known, members)
         run = self._start(before.study, before, without)
         said = {"run": run.name, "of": before.name, "without": sorted(set(without))}

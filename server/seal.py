@@ -64,10 +64,11 @@ def signature(document: Mapping[str, Any]) -> bytes:
     return plain_json({"format": FORMAT, **document})
 
 
-def read(folder: Path, root: str | None = None) -> Sealed:
+def read(folder: Path, root: str | None = None, *, even_withdrawn: bool = False) -> Sealed:
     """The seal of the bundle in `folder`, after its signature, and the names of its files, were found in order.
 
-    root: the fingerprint that the signer's root must have; any where it is left out.
+    root: the fingerprint that the signer's root must have; any where it is left out. even_withdrawn: for whoever asks
+    what it was, and does not use it.
 
     Raises:
         InputError: there is no bundle, or one of a format that is not known here.
@@ -79,7 +80,8 @@ def read(folder: Path, root: str | None = None) -> Sealed:
         raise InputError(
             f"{folder}: is not an exported model (no readable {MANIFEST}); give the folder that holds it"
         ) from error
-    refuse_withdrawn(folder)
+    if not even_withdrawn:
+        refuse_withdrawn(folder)
     document = _document(folder / MANIFEST, content)
     files, signed_by = document.get("files"), document.get("signed_by")
     required = document.get("approvals", 0)
@@ -97,7 +99,8 @@ def read(folder: Path, root: str | None = None) -> Sealed:
         raise InputError(
             f"{folder / MANIFEST}: format {document.get('format')} is not known here; this version reads {FORMAT}"
         )
-    _same_names(folder, {*files, MANIFEST, *([SIGNATURE] if signed_by is not None else [])})
+    gone = [WITHDRAWN] if (folder / WITHDRAWN).exists() else []
+    _same_names(folder, {*files, MANIFEST, *([SIGNATURE] if signed_by is not None else []), *gone})
     if root is not None and (signer is None or signer.root != root.lower()):
         raise IntegrityError(f"{folder / (SIGNATURE if signer else MANIFEST)}: {_stranger(signer, root)}")
     return Sealed(digest, files, signer, required, approved)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from consortium.protocol.chain import Entry
 from consortium.protocol.errors import IntegrityError
 from consortium.server.serving import versions
 from consortium.server.serving.versions import Act, Shelf, State
+
+if TYPE_CHECKING:
+    from consortium.server.serving.registry import Registry
 
 Note = Callable[[str, Mapping[str, Any]], object]
 """Writes an entry into an audit log: its kind and its body; it is durable when it returns."""
@@ -41,6 +44,21 @@ def log_of(federation: Path) -> Note:
     from consortium.server.federation import Federation
 
     return open_audit(Federation.open(federation)).note
+
+
+def check_registry(registry: Registry) -> int:
+    """How many acts on a federation's registry stand in its audit log as they do there. Raises as `check`, and
+    ConsortiumError where the federation cannot be opened."""
+    from consortium.protocol import audit, chain
+    from consortium.server.federation import Federation
+
+    federation = Federation.open(registry.folder.resolve().parent)
+    name = audit.name_at_server(federation.config.name, federation.root_fingerprint)
+    files, where = audit.segments(federation.folder / audit.FOLDER), registry.folder / "registry.json"
+    if not registry.folder.is_dir():
+        return check(where, State(), chain.entries(files, name))
+    with registry.held(new=True) as state:  # so that no act is in the log alone because it is under way
+        return check(where, state, chain.entries(files, name))
 
 
 def entry(number: int, act: Act, bundle: str) -> tuple[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -150,29 +151,56 @@ def withdraw(which: Which, registry: Folder, why: Why, as_json: Json = False) ->
     name, number = split(which)
     if number is None:
         raise InputError(f"{name}: which version? for example: consortium model withdraw {name}@1 --why TEXT")
-    _said(name, _registry(registry).withdraw(name, number, why), as_json)
+    found = _registry(registry)
+    shelf = found.withdraw(name, number, why)
+    _said(name, shelf, as_json)
+    gone = shelf.version(number)
+    for other, those in found.state().models.items():
+        for one in those.versions:
+            if gone is not None and one.model == gone.model and not one.withdrawn:
+                typer.echo(
+                    f"{other}@{one.number}: comes from the same model and is in use still; see whether it should be "
+                    f"withdrawn, too: consortium model withdraw {other}@{one.number} --registry {registry} --why TEXT",
+                    err=True,
+                )
 
 
 def affected_by(
     site: Annotated[str, typer.Argument(help="A site's name.")], registry: Folder, as_json: Json = False
 ) -> None:
-    """Show which versions hold updates of a site, and which of them are live.
+    """Show which versions hold updates of a site, and which of them are live. Withdrawn ones are looked at too.
+
+    Runs know a site by its name alone: of one that came back under another name ask for both. Exit code 4: a version
+    could not be read, and may hold updates of it as well.
 
     Example: consortium model affected-by hospital-2 --registry models
     """
+    from consortium.protocol.errors import IntegrityError
     from consortium.server.serving.affected import affected_by as ask
 
     found = ask(_registry(registry), site)
     if as_json:
-        typer.echo(json.dumps({"site": site, "versions": found}, indent=2))
-        return
-    for one in found:
-        marks = ", ".join(["withdrawn"] if one["withdrawn"] else one["aliases"]) or "not live"
-        typer.echo(
-            f"{one['name']}@{one['version']}  {marks}; rounds {', '.join(map(str, one['rounds'])) or 'none'}"
-        )
-    if not found:
-        typer.echo(f"no version holds updates of '{site}'")
+        versions = [dict(one) for one in found.versions]
+        said = {"site": site, "versions": versions, "sites": found.sites, "damaged": found.damaged}
+        typer.echo(json.dumps(said, indent=2))
+    else:
+        for one in found.versions:
+            typer.echo(_affected(one))
+        if not found.versions:
+            others = ", ".join(found.sites) or "none"
+            typer.echo(
+                f"no version holds updates of '{site}'; sites that versions here hold something of: {others}"
+            )
+    if found.damaged:
+        raise IntegrityError("; ".join(found.damaged))
+
+
+def _affected(one: Mapping[str, Any]) -> str:
+    marks = ", ".join([*(["withdrawn"] if one["withdrawn"] else []), *one["aliases"]]) or "not live"
+    rounds = ", ".join(map(str, one["rounds"])) or "none, its statistics alone"
+    if not one["told"]:
+        rounds = "not told, as cohorts were drawn"
+    return f"{one['name']}@{one['version']}  {marks}; rounds {rounds}"
 
 
 def _registry(folder: Path) -> Registry:

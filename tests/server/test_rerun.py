@@ -105,6 +105,25 @@ def test_what_cannot_be_run_anew_is_refused(tmp_path: Path) -> None:
         assert [run["run"] for run in one.runs.list()] == [f"{NAME}.1"]
 
 
+def test_who_was_left_out_of_the_run_before_stays_out(tmp_path: Path) -> None:
+    """A run anew of a run without a site does not bring it back; one of the run before that does."""
+    with world(tmp_path, STUDY, QUICK) as one:
+        one.archive.submit(STUDY)
+        one.runs.stop(one.start())
+        prepared(one, f"{NAME}.2")
+        one.runs.stop(one.runs.rerun(NAME, ["a"], NAMES)["run"])
+        with pytest.raises(RefusedError, match=r"needs 2 sites, and 1 that have joined would be left \(c\)"):
+            one.runs.rerun(NAME, ["b"], NAMES)
+        prepared(one, f"{NAME}.3")
+        said = one.runs.rerun(NAME, ["d"], [*NAMES, "d"])
+        assert said["without"] == ["a", "d"]
+        one.runs.stop(said["run"])
+        prepared(one, f"{NAME}.4")
+        said = one.runs.rerun(f"{NAME}.1", ["b"], NAMES)
+        assert said["without"] == ["b"]
+        one.runs.stop(said["run"])
+
+
 def test_a_private_study_and_one_of_cohorts_are_explained() -> None:
     """Their models cannot be the same bit for bit, and a charge is not refunded: the admin is told."""
     assert rerun.notes(STUDY) == []

@@ -218,10 +218,22 @@ def test_renewal_overlaps(one: World) -> None:
     assert one.roster.admit(b"a 2") is None
 
 
+def test_a_site_does_not_come_back_under_another_name(one: World) -> None:
+    """With the identity key that it had: who was revoked, or is left out of a run, by its name would be in it again."""
+    one.joined("a", "key")
+    for end in (one.roster.revoke, lambda site: None):
+        end("a")
+        secret = one.roster.invite("b", 3600)[0]
+        with pytest.raises(RefusedError, match="the identity key is that of site 'a'"):
+            one.join("b", secret, "key")
+    one.join("b", secret, "new")
+    assert one.status("b") == "joined"
+
+
 def test_the_admin_can_ask_for_renewal(one: World) -> None:
     """Until each site has a newer certificate."""
     one.joined("a")
-    one.joined("b")
+    one.joined("b", "another")
     one.roster.revoke("b")
     one.now += 1
     assert one.roster.ask_renewal() == ["a"]

@@ -137,10 +137,10 @@ def test_versions_that_hold_a_sites_updates(
         bundle = export(finished.plan, outcome, tmp_path / f"m{number}").path
         registry.register(bundle, "toy", lambda copy: str(load_model(copy).contract["model"]))
     registry.promote("toy", 2)
-    (one,) = affected_by(registry, "b")
+    (one,) = affected_by(registry, "b").versions
     assert (one["version"], one["aliases"], one["rounds"]) == (2, ["champion"], [1, 2, 3])
-    assert [one["version"] for one in affected_by(registry, "a")] == [1, 2]
-    assert affected_by(registry, "c") == []
+    assert [one["version"] for one in affected_by(registry, "a").versions] == [1, 2]
+    assert affected_by(registry, "c").versions == ()
     registry.withdraw("toy", 2, "why")
     assert consortium("model", "affected-by", "b", "--registry", registry.folder) == 0
     assert capsys.readouterr().out == "toy@2  withdrawn; rounds 1, 2, 3\n"
