@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Literal
 
 from consortium.protocol.errors import InputError
@@ -229,14 +229,12 @@ def _renyi(releases: _Key, delta: float, orders: tuple[float, ...] = FINE_ORDERS
 @lru_cache(maxsize=4096)
 def _by_losses(releases: _Key, delta: float, renyi: float) -> float:
     """By PLD, pessimistic: a coarser grid only makes it larger."""
-    from dp_accounting import pld
+    from consortium.privacy.losses import composed
 
     widest = max(2 / multiplier**2 + 20 / multiplier for multiplier, _, _ in releases)
     grid = max(FINEST, (2 * renyi + widest) / MOST_LOSSES)
-    accountant = pld.PLDAccountant(value_discretization_interval=grid)
-    for one in releases:
-        accountant.compose(_event(*one))
-    return float(accountant.get_epsilon(delta))
+    parts = (composed(multiplier, rate, count, grid) for multiplier, rate, count in releases)
+    return float(reduce(lambda some, more: some.compose(more), parts).get_epsilon_for_delta(delta))
 
 
 def _event(multiplier: float, rate: float, count: int) -> object:
