@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,6 +61,7 @@ class Exchange(Protocol):
         largest: int,
         key: DataKey | None = None,
         asked: dict[str, Any] | None = None,
+        done: Collection[str] = (),
     ) -> dict[str, str]: ...
     def interrupted(self, run: str) -> dict[str, Any] | None: ...
     def forget(self, run: str) -> None: ...
@@ -312,7 +313,14 @@ class Conversation:
         if asked is not None and not isinstance(asked, dict):
             raise self._wrong("describes what it asks by something else than a table")
         content = files[0] if files else None
-        refused = self._exchange.ask(self._run, headers, content, self._largest, key, asked)
+        done = document.get("done", [])
+        if not isinstance(done, list):
+            raise self._wrong("names what it is done with by something else than a list")
+        if not self._study.built_in:
+            done = []  # a study's own code may keep hold of the files that it was given
+        refused = self._exchange.ask(
+            self._run, headers, content, self._largest, key, asked, [str(site) for site in done]
+        )
         self._answered = set()
         return {"refused": refused}, None
 

@@ -20,12 +20,13 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from consortium.protocol.files import MEMORY
 from consortium.protocol.messages import Header, parse
 from consortium.protocol.sealed import DataKey
 from consortium.server.kept_answers import KeptAnswers
@@ -41,7 +42,8 @@ from one to nothing."""
 @dataclass
 class _Asked:
     """What one run asks at the moment. waiting: offers by site. answered: digests of headers by nonce.
-    kept: whether answers are kept until they are committed."""
+    kept: whether answers are kept until they are committed. read: large contents that the run was handed, by site.
+    spare: large files of the run that nobody reads any more, to be written over."""
 
     waiting: dict[str, Offer]
     answered: dict[str, str] = field(default_factory=dict)
@@ -49,6 +51,8 @@ class _Asked:
     handed: int = 0
     total: int = 0
     kept: bool = False
+    read: dict[str, Spooled] = field(default_factory=dict)
+    spare: list[Spooled] = field(default_factory=list)
 
 
 @dataclass
@@ -188,6 +192,17 @@ class Exchange:
             asked.came.put(received)
             return True
 
+    def room(self, offer: Offer, size: int) -> Spooled:
+        """A file for the `size` bytes of an answer to `offer`; a large one is one of the run's own from before.
+
+        Raises:
+            OSError: the disk is full, and the like.
+        """
+        with self._lock:
+            asked = self._asked.get(offer.run)
+            spare = asked.spare.pop() if size > MEMORY and asked is not None and asked.spare else None
+        return spare.over(size) if spare is not None else Spooled.new(self.spool, size)
+
     def _keeps(self, offer: Offer) -> bool:
         """Whether an answer to the offer is to be kept: it is open, and its run can be interrupted."""
         with self._lock:
@@ -245,13 +260,15 @@ class Exchange:
         largest: int,
         key: DataKey | None = None,
         asked: dict[str, Any] | None = None,
+        done: Collection[str] = (),
     ) -> dict[str, str]:
         """Sign and offer each site its instruction; what the run asked before is withdrawn. A site whose answer to the
         same is kept is not asked: that answer is handed on.
 
         headers: of `messages.encode(instruction.to(site))`, by site. content: the descriptor of a file that all of them
         share; it is duplicated. key: what that file is encrypted under. largest: bytes of an answer's content.
-        asked: what `interrupted` gives, where the run is interrupted.
+        asked: what `interrupted` gives, where the run is interrupted. done: sites whose last answers' contents the run
+        has no use for any more, nor a mapping of, so that their files may be written over.
 
         Returns reasons by site of those that cannot be asked.
         """
@@ -271,9 +288,10 @@ class Exchange:
             self._kept.begin(run, asked)
         self._note_asked(run, [one for site, one in offers.items() if site not in before])
         with self._lock:
+            spare = self._spared(run, done)[: len(offers)]
             self.withdraw(run)
             waiting = {site: one for site, one in offers.items() if site not in before}
-            now = self._asked[run] = _Asked(waiting, total=len(offers), kept=asked is not None)
+            now = self._asked[run] = _Asked(waiting, total=len(offers), kept=asked is not None, spare=spare)
             for received in before.values():
                 now.answered[str(parse(received.header).fields["nonce"])] = _digest(received.header)
                 now.came.put(received)
@@ -294,7 +312,16 @@ class Exchange:
             with self._lock:  # one may have come at the last moment
                 received = asked.came.get_nowait() if not asked.came.empty() else None
         asked.handed += received is not None
+        if received is not None and received.content is not None and received.content.reusable:
+            asked.read[received.site] = received.content
         return received
+
+    def _spared(self, run: str, done: Collection[str]) -> list[Spooled]:
+        """Files of a run that may be written over, once it is `done` with the contents of these sites' answers."""
+        asked = self._asked.get(run)
+        if asked is None:
+            return []
+        return [*(asked.read[site] for site in done if site in asked.read), *asked.spare]
 
     def asks(self, run: str) -> bool:
         """Whether something is asked in that name now."""

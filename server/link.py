@@ -10,7 +10,8 @@ Models travel as open files, never through the socket; what the process writes i
     commit {round, attempt, sha256, events, records} + file -> {}, once it is durable
     sites {}                                      -> {sites}
     interrupted {}                                -> {asked}: what was asked last, or null
-    ask {headers by site, asked} + file or none   -> {refused: reasons by site}
+    ask {headers by site, asked, done: sites whose last answers are not mapped here any more} + file or none
+                                                  -> {refused: reasons by site}
     answers {seconds}                             -> {site, header} + file or none, {site, reason}, or {}: no more
     wait {sites}                                  -> {more}
     released {}                                   -> {ledger}: `StudyLedger.of_run`
@@ -28,6 +29,7 @@ import mmap
 import os
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -238,6 +240,7 @@ class LinkClients:
         self._refused: dict[str, str] = {}
         self._open = 0
         self._begun: Asked | None = None
+        self._maps: dict[str, weakref.ref[mmap.mmap]] = {}  # of the answers to the last exchange, by site
         self._asked = (0.0, 0.0)  # by the clock, and by one that nobody sets
 
     def sites(self) -> Sequence[str]:
@@ -259,8 +262,12 @@ class LinkClients:
         headers = {site: header_of(instruction.to(site), about, sha256).decode() for site in sites}
         del parts
         try:
+            done = [site for site, one in self._maps.items() if one() is None]
+            self._maps.clear()
             asked = self._begun.document() if self._begun is not None else None
-            reply = self._link.call("ask", [] if file is None else [file], headers=headers, asked=asked)
+            reply = self._link.call(
+                "ask", [] if file is None else [file], headers=headers, asked=asked, done=done
+            )
         finally:
             if file is not None:
                 os.close(file)
@@ -290,8 +297,26 @@ class LinkClients:
                 return
             self._open -= 1
             site = str(reply["site"])
-            found = str(reply["reason"]) if "reason" in reply else _answer(site, str(reply["header"]), file)
+            if "reason" in reply:
+                found: Answer | str = str(reply["reason"])
+            else:
+                found = _answer(site, str(reply["header"]), self._mapped(site, file))
             yield found if isinstance(found, Answer) else Block((), {site: found}, None)
+
+    def _mapped(self, site: str, file: int | None) -> memoryview:
+        """The content of a site's answer in a file, which is closed. That it is mapped is remembered: once nobody
+        refers to it any more, the server may write the file over."""
+        if file is None:
+            return memoryview(b"")
+        try:
+            size = os.fstat(file).st_size
+            if not size:
+                return memoryview(b"")
+            mapping = mmap.mmap(file, size, access=mmap.ACCESS_READ)
+            self._maps[site] = weakref.ref(mapping)
+            return memoryview(mapping)
+        finally:
+            os.close(file)
 
     def wait(self, sites: Sequence[str]) -> bool:
         return bool(self._link.call("wait", sites=list(sites))["more"])
@@ -314,22 +339,12 @@ def nameless(folder: Path) -> int:
     return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
 
-def _answer(site: str, header: str, file: int | None) -> Answer | str:
-    """A site's answer, its vectors mapped from `file`, which is closed; or why it is none. It was hashed before."""
+def _answer(site: str, header: str, content: memoryview) -> Answer | str:
+    """A site's answer, its vectors views of `content`; or why it is none. It was hashed before."""
     try:
-        answer = assemble(parse(header.encode()), _mapped(file))
+        answer = assemble(parse(header.encode()), content)
     except IntegrityError as error:
         return str(error)
     if not isinstance(answer, Answer):
         return "sends an instruction in place of an answer"
     return answer if answer.site == site else "answers in the name of another site"
-
-
-def _mapped(file: int | None) -> memoryview:
-    if file is None:
-        return memoryview(b"")
-    try:
-        size = os.fstat(file).st_size
-        return memoryview(mmap.mmap(file, size, access=mmap.ACCESS_READ)) if size else memoryview(b"")
-    finally:
-        os.close(file)

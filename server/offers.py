@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from consortium.protocol import wire
-from consortium.protocol.files import working_file
+from consortium.protocol.files import MEMORY, working_file, written_over
 from consortium.protocol.sealed import DataKey, Sealed
 
 SLACK = 1.05
@@ -30,6 +30,16 @@ class Spooled:
     def new(cls, folder: Path, size: int = 0) -> Spooled:
         """An empty one for `size` bytes: in memory where they are few, else on the disk of `folder`."""
         return cls(working_file(folder, size))
+
+    @property
+    def reusable(self) -> bool:
+        """Whether writing it over spares much: it is large, and so on disk."""
+        return self._key is None and os.fstat(self.fd).st_size > MEMORY
+
+    def over(self, size: int) -> Spooled:
+        """The same file, to be written over with `size` bytes."""
+        written_over(self.fd, size)
+        return self
 
     def pieces(self, length: int) -> Iterator[bytes | memoryview]:
         """The first `length` bytes of the content; a piece is overwritten by the next.

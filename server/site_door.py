@@ -207,7 +207,7 @@ class SiteDoor:
                     raise IntegrityError(trouble)
             if request.left != about.length:  # it may still be sent as a whole
                 return error_response(400, "the body is not as long as its header says")
-            content = self._content(request, about) if about.length else None
+            content = self._content(request, about, offer) if about.length else None
         except IntegrityError as error:
             _log.warning("site %s: its answer is refused: %s", site, error)
             self._exchange.taken(offer, Received(site, header, reason=str(error)))
@@ -250,9 +250,9 @@ class SiteDoor:
             )
         return about
 
-    def _content(self, request: Request, about: Header) -> Spooled:
+    def _content(self, request: Request, about: Header, offer: Offer) -> Spooled:
         """The content of an answer, on disk; its hash is that of the header."""
-        content, sha, left = Spooled.new(self._exchange.spool, about.length), hashlib.sha256(), about.length
+        content, sha, left = self._exchange.room(offer, about.length), hashlib.sha256(), about.length
         buffer = memoryview(bytearray(min(CHUNK, left)))
         while left:
             count = request.read_into(buffer[: min(len(buffer), left)])

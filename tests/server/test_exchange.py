@@ -213,3 +213,51 @@ def test_a_spooled_file_has_no_name_and_closes_by_itself(exchange: Exchange) -> 
     assert str(place.readlink()).startswith(str(exchange.spool))
     del spooled
     assert not place.exists() or not str(place.readlink()).startswith(str(exchange.spool))
+
+
+@pytest.mark.parametrize("done", [("north",), ()], ids=["done with", "still mapped"])
+def test_a_large_file_is_written_over_once_its_run_is_done_with_it(
+    exchange: Exchange, done: tuple[str, ...]
+) -> None:
+    """The file of a large answer is the room of a later one of that run, with nothing of what it held; but never while
+    the run has it mapped, nor for another run."""
+    offer = ask(exchange)["north"]
+    content = exchange.room(offer, MEMORY + 9)
+    os.pwrite(content.fd, b"before", MEMORY + 3)
+    assert exchange.taken(offer, Received("north", offer.header, content))
+    received = exchange.answers("run", 1.0)
+    assert received is not None
+    assert received.content is content
+    del received
+    exchange.ask("run", headers(round=2), None, 100, done=done)
+    exchange.ask("other", headers("other"), None, 100)
+    mine = exchange.offer("south", frozenset())
+    assert mine is not None
+    other = exchange.offer("south", frozenset({mine.nonce}))
+    assert other is not None
+    assert other.run == "other"
+    assert exchange.room(other, MEMORY + 5) is not content
+    now = exchange.room(offer_of(exchange, "run"), MEMORY + 5)
+    assert (now is content) == bool(done)
+    assert os.fstat(now.fd).st_size == (MEMORY + 5 if done else 0)
+    assert os.lseek(now.fd, 0, os.SEEK_CUR) == 0
+    assert exchange.room(offer_of(exchange, "run"), MEMORY + 5) is not now
+
+
+def test_a_small_answers_file_is_not_held_back(exchange: Exchange) -> None:
+    """It is memory, of which a run that asks nothing must hold none."""
+    offer = ask(exchange)["north"]
+    content = exchange.room(offer, 5)
+    os.write(content.fd, b"small")
+    assert exchange.taken(offer, Received("north", offer.header, content))
+    exchange.answers("run", 1.0)
+    exchange.ask("run", headers(round=2), None, 100, done=["north"])
+    assert exchange.room(offer_of(exchange, "run"), 5) is not content
+
+
+def offer_of(exchange: Exchange, run: str) -> Offer:
+    """The open offer of a run to the site north."""
+    found = exchange.offer("north", frozenset())
+    assert found is not None
+    assert found.run == run
+    return found

@@ -15,10 +15,10 @@ import pytest
 
 from consortium.protocol import local
 from consortium.protocol.layout import Vector, digest_of
-from consortium.protocol.messages import Instruction, Payload, contents, encode, parse
+from consortium.protocol.messages import Answer, Instruction, Payload, contents, encode, parse
 from consortium.protocol.sealed import Sealed, new_data_key
 from consortium.server import checkpoint, link
-from consortium.server.link import Link, LinkCommits
+from consortium.server.link import Link, LinkClients, LinkCommits
 from consortium.server.records import RunState
 
 KEY = new_data_key()
@@ -141,3 +141,46 @@ class Recording(Link):
     def call(self, name: str, files: Sequence[int] = (), **fields: Any) -> dict[str, Any]:
         self._sent.update(fields)
         return {}
+
+
+def test_what_is_still_mapped_is_not_given_back(tmp_path: Path) -> None:
+    """With its next question a run names the answers of which nothing is mapped any more, and no other."""
+    ours, its = socket.socketpair()
+    calls: list[dict[str, Any]] = []
+
+    def serve() -> None:
+        try:
+            while True:
+                call, files = local.receive(its)
+                local.close(files)
+                calls.append(call)
+                if call["call"] != "answers":
+                    local.send(its, {"refused": {}})
+                    continue
+                site = ("kept", "gone")[sum(one["call"] == "answers" for one in calls) - 1]
+                update = Payload({"shared": np.ones(5, np.float32)})
+                header, views = encode(
+                    Answer.to_instruction(instruction.to(site), weight=1.0, payload=update)
+                )
+                file = link.nameless(tmp_path)
+                os.write(file, b"".join(views))
+                local.send(its, {"site": site, "header": header.decode()}, [file])
+                os.close(file)
+        except local.ClosedError:
+            return
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    to = Link(ours)
+    clients = LinkClients(to, LinkCommits(to, "r", tmp_path, KEY), tmp_path, lambda: 0.0)
+    vectors = {"shared": np.ones(5, np.float32)}
+    instruction = Instruction("f", "r", 2, 0, "train", "s", "m", "l", "n", 0.0, Payload(vectors))
+    clients.ask(["gone", "kept"], instruction)
+    held = [one.payload for one in clients.answers(60.0) if isinstance(one, Answer) and one.site == "kept"]
+    for _ in range(2):
+        clients.ask(["gone", "kept"], instruction)
+    assert [one["done"] for one in calls if one["call"] == "ask"] == [[], ["gone"], []]
+    assert np.array_equal(held[0].vectors["shared"], np.ones(5))
+    ours.close()
+    thread.join()
+    its.close()
