@@ -104,7 +104,8 @@ def test_an_answer_for_another_sites_nonce_is_not_taken(siege: Realm, mallory: A
 
 FORGED: dict[str, Callable[[Frame], dict[str, Any]]] = {
     "another site": lambda frame: {"site": "alba"},
-    "the server": lambda frame: {"site": "server"},
+    "the server's id as source": lambda frame: {"site": "server"},
+    "the federation's name as source": lambda frame: {"site": frame.about.federation},
     "nobody": lambda frame: {"site": ""},
     "another nonce": lambda frame: {"nonce": os.urandom(32).hex()},
 }
