@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import own_losses
 import pytest
 
 from consortium.privacy import accounting
@@ -91,6 +92,25 @@ def test_so_it_does_at_random_settings() -> None:
         multiplier, count = 10 ** rng.uniform(-0.2, 1.7), int(10 ** rng.uniform(0, 5))
         if epsilon(multiplier, rate, count, delta) < 20:  # beyond it the finest grid takes minutes
             between(multiplier, rate, count, delta)
+
+
+EXTREMES = [
+    (0.3, 1e-4, 10, 1e-12), (0.3, 0.05, 1, 1e-5), (0.46, 0.002, 14, 1e-8), (0.75, 0.007, 216, 1e-12),
+    (1.5, 0.04, 2250, 1e-5), (1.5, 5e-6, 2070, 1e-12), (2.6, 9e-4, 223, 1e-6), (4.0, 0.01, 10_000, 1e-5),
+    (8.8, 0.19, 59, 1e-9), (8.0, 0.9, 1, 1e-3), (20.0, 0.5, 300, 1e-12), (50.0, 0.01, 100_000, 1e-12),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("setting", EXTREMES)
+def test_a_figure_is_that_of_another_accountant(setting: tuple[float, float, int, float]) -> None:
+    """One that shares nothing with ours (`tests/support/own_losses.py`): never more than .02 below it, nor .02 and 2 %
+    above, from noise of 0.3 to 50, from one step to 100,000, down to delta 1e-12."""
+    multiplier, rate, count, delta = setting
+    got, other = epsilon(multiplier, rate, count, delta), own_losses.epsilon(multiplier, rate, count, delta)
+    assert other - 0.02 <= got <= other * 1.02 + 0.02
+    assert got <= classic(multiplier, rate, count, delta)
 
 
 def test_the_exact_gaussian_meets_its_delta() -> None:

@@ -60,7 +60,7 @@ class _Tilted:
     high: float
 
 
-def epsilon(sigma: float, rate: float, count: int, delta: float, cells: int = 60) -> float:
+def epsilon(sigma: float, rate: float, count: int, delta: float, cells: int = 240) -> float:
     """The larger of both directions. cells: of the grid, per deviation of one (tilted) step's loss."""
     return max(_epsilon(_Step(sigma, rate, removed), count, delta, cells) for removed in (True, False))
 
