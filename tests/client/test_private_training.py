@@ -166,6 +166,40 @@ def test_models_that_break_the_guarantee_are_refused_with_the_fix_named() -> Non
         refuse_unclippable(Normed(sound), "a task")
 
 
+class Counting(nn.Module):
+    """Keeps the number of rows that it has seen in an integer buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.rows: Tensor
+        self.register_buffer("rows", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows += len(x)
+        return torch.as_tensor(self.layer(x))
+
+
+def test_an_integer_buffer_that_counts_rows_stays_at_the_site() -> None:
+    """It is no part of the layout, so nothing that leaves holds it; what it counted of one round is not there in the
+    next."""
+    study, task, _, _, _ = made(RECORD, table(30, 6))
+    task.model = Counting  # type: ignore[method-assign]
+    net = start(study, task, Local())
+    names = [array.name for segment in net.layout.segments for array in segment.arrays]
+    assert names == ["layer.weight", "layer.bias"]
+    site = open_site(study, task, Local(), net, Source("a", table=table(30, 6)))
+    question = Instruction(
+        "f", "r", 1, 0, "train", study.digest, "", net.layout.digest, "00", 1e12,
+        Payload({"shared": net.vector("shared")}),
+    )  # fmt: skip
+    answer = site.answer(question.to("a"))
+    assert answer.status == "done"
+    assert isinstance(net.module, Counting)
+    assert int(net.module.rows) > 0, "it counts"
+    assert {name: one.shape for name, one in answer.payload.vectors.items()} == {"shared": (3,)}
+
+
 def test_a_site_draws_from_the_system_unless_it_is_simulated() -> None:
     """Two answers of a live site to the same question differ though seed and data are the same. Red with a seeded
     generator."""
