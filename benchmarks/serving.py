@@ -158,10 +158,14 @@ def measure(folder: Path, seconds: float, turns: int) -> tuple[list[Row], list[T
     bare, ours = _served(folder, bundle, registry)
     try:
         rows, targets = [], []
+        ours.load(requested(bundle, 100), 8, 1)
+        before = ours.memory()
         for count in (1, 100):
             found, reached = _beside(bare, ours, requested(bundle, count), count, seconds, turns)
             rows += found
             targets += reached
+        grown = ours.memory() - before
+        targets.append(Target(f"memory grown in {4 * turns * seconds:g} s of load, MB", grown, "<=", 5.0))
         found, reached = _changing(ours, registry, requested(bundle, 1), seconds)
         return rows + found, targets + reached
     finally:

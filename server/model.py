@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +75,12 @@ class Model:
 
     def run(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The graph's outputs by name, for its inputs by name: columns (n, 1), text as objects, or one tensor."""
-        names = [str(output["name"]) for output in self.contract["outputs"]]
-        return dict(zip(names, self.session.run(names, dict(arrays)), strict=True))
+        names = self._outputs
+        return dict(zip(names, self.session.run(names, arrays), strict=True))
+
+    @cached_property
+    def _outputs(self) -> list[str]:
+        return [str(output["name"]) for output in self.contract["outputs"]]
 
 
 def load_model(path: str | Path, *, root: str | None = None) -> Model:

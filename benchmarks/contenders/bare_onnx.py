@@ -45,7 +45,8 @@ def main(graph: str, certificate: str, key: str) -> None:
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False,
+        app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False,
+        server_header=False,
         ssl_certfile=certificate, ssl_keyfile=key,
     )  # fmt: skip
     print(json.dumps({"port": listening.getsockname()[1]}), flush=True)

@@ -221,7 +221,8 @@ class _Door:
     async def infer(self, request: Request, caller: Caller) -> Response:
         content = await body(request, MAX_BODY)
         asked = wire.parse(content, _header(request, _LENGTH))
-        name, wanted = request.path_params["name"], request.path_params.get("version", "")
+        place = request.path_params
+        name, wanted = place["name"], place.get("version", "")
         found = await self._served.predict(caller, "rest", name, wanted, asked.given, list(asked.outputs))
         head = {
             "model_name": found.by.name,
