@@ -221,7 +221,10 @@ class Inbox:
             return f"the content has {parsed.length} bytes; this site takes at most {self._max_content}"
         disk = os.statvfs(self._home.spool)
         if parsed.length > disk.f_bavail * disk.f_frsize - SPARE_DISK:
-            return f"the content has {parsed.length} bytes, for which this site's disk has no room"
+            return (
+                f"this site's disk is too full: the content has {parsed.length} bytes, and {SPARE_DISK >> 20} MiB are "
+                "to stay free"
+            )
         return ""
 
     def _spooled(self, parsed: Header, reply: Reply) -> tuple[BinaryIO | None, str, str]:

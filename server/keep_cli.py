@@ -65,6 +65,10 @@ def restore(
     typer.echo(
         "Runs go on from their last round of then. Never start the folder of before again: sites refuse it."
     )
+    typer.echo(
+        "A site that joined, or renewed its certificate, after that is not on the roster. The server's log will name "
+        f"it; invite it again: consortium server invite SITE --dir {made.path}"
+    )
     typer.echo(f"\nNext: consortium server start --dir {made.path}")
 
 

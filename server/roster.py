@@ -193,6 +193,10 @@ class Roster:
         )
         return Member(row["name"], row["identity"]) if row else None
 
+    def knows(self, fingerprint: str) -> bool:
+        """Whether a certificate of this SHA-256 (hex of the DER) was issued, valid still or not."""
+        return self._store.row("SELECT 1 FROM certificates WHERE fingerprint = ?", fingerprint) is not None
+
     def is_member(self, site: str) -> bool:
         """Whether a site belongs to the federation now."""
         return bool(self.identity(site))

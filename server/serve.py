@@ -41,6 +41,7 @@ from consortium.server.roster import Roster
 from consortium.server.runs import Runs
 from consortium.server.site_door import SiteDoor
 from consortium.server.store import Store
+from consortium.server.strangers import Strangers
 from consortium.server.study_ledger import StudyLedger
 
 HOUSEKEEPING = 5.0
@@ -86,6 +87,7 @@ class Server:
         self.archive.kept_with, self.audit.site_head = self.logs.keep_with, self._site_head
         self.runs = Runs(self.archive, self.exchange, folder, name, seal=self._seal, approvals=self.approvals)
         self.gates = Gates(federation, self.archive, self.exchange, note=self.note)
+        self._strangers = Strangers(self.roster.knows, folder)
         config = federation.config
         site_door = SiteDoor(
             federation, self.roster, self.archive, self.exchange, self.approvals, self.logs, self.note
@@ -143,6 +145,7 @@ class Server:
         site = self.roster.admit(der)
         if site is None:
             self.refused("site", "its certificate is not on the roster")
+            self._strangers.refused(der)
         return site
 
     # What the admin door asks
