@@ -232,7 +232,10 @@ class Worker:
 
 def _failure(error: Exception) -> str:
     """What the server is told of a fault that nobody foresaw."""
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's is a RuntimeError
+    mapped = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if (
+        mapped or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    ):  # torch's is a RuntimeError
         return "the site's worker ran out of memory"
     return f"the worker failed ({type(error).__name__}); the site's log says more"
 
