@@ -148,8 +148,10 @@ def _snapshot(folder: Path, copy: Path) -> list[str]:
 
 
 def _others(folder: Path) -> Iterator[Path]:
-    """Every other file that a restored server needs, or whose loss somebody would notice."""
-    for path in sorted(folder.rglob("*")):
+    """Every other file that a restored server needs, or whose loss somebody would notice. The registry of models comes
+    before its bundles, and the audit log last: what is done meanwhile may be in the log alone, never out of it."""
+    log, registry = folder / "audit", folder / "models" / "registry.json"
+    for path in sorted(folder.rglob("*"), key=lambda one: (log in one.parents, one != registry, one)):
         first, *_ = parts = path.relative_to(folder).parts
         hidden = any(part.startswith(".") or part == SCRATCH for part in parts)
         if first in (*_LEFT_OUT, DATABASE, CHECKPOINTS) or hidden or path.is_symlink() or not path.is_file():

@@ -17,7 +17,7 @@ from consortium.protocol import audit, cli
 from consortium.protocol.audit import FOLDER, name_at_server
 from consortium.protocol.chain import entries
 from consortium.protocol.errors import ConsortiumError, IntegrityError
-from consortium.server import seal
+from consortium.server import backup, seal
 from consortium.server.audit_check import check
 from consortium.server.federation import Federation
 from consortium.server.serving import gate_file, versions
@@ -117,6 +117,14 @@ def test_a_registry_by_another_name_is_the_federations_still(federation: Federat
     assert gate_file.of_federation(link)
     Registry(link, lambda: 9.0, "anna").withdraw("m", 1, "by the link")
     assert told(federation)[-1][1]["why"] == "by the link"
+
+
+def test_a_backup_beside_an_act_has_a_log_that_knows_of_it(federation: Federation) -> None:
+    """The registry is copied before its bundles, and the log after both."""
+    found = [str(path.relative_to(federation.folder)) for path in backup._others(federation.folder)]
+    assert found[0] == "models/registry.json"
+    assert "models/m/1/manifest.json" in found
+    assert found[-1].startswith("audit/")
 
 
 def edits() -> Iterator[tuple[Callable[[State], State], str]]:
