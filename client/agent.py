@@ -210,6 +210,7 @@ class Agent:
             self._failed.add(run)
             self._work.end(run)
             self._todo.put(partial(self._work.finished, run, for_good))
+            self._todo.put(self._poller.inbox.forget)
             _log.info(
                 "run %s: has %s", run, "ended; what was kept of it is removed" if for_good else "failed"
             )
@@ -273,6 +274,8 @@ class Agent:
                 fault = {"error": type(error).__name__, "text": str(error)[:LONGEST]}
                 self._audit.note("fault", asked(about) | fault, durable=False)
                 answered = self._declined(taken, "the site could not do the work; its log says more")
+        if answered.freed and taken.content is not None:
+            self._poller.inbox.reuse(taken.content)
         if self._over(about.run):
             self._drop(taken, "not taken", ENDED)
         else:

@@ -25,7 +25,7 @@ from consortium.protocol import endings, epoch, wire
 from consortium.protocol.bundle import MAX_BUNDLE, MAX_STUDY, Bundle, of, read
 from consortium.protocol.connection import Connection, Reply, StatusError
 from consortium.protocol.errors import ConsortiumError, InputError, IntegrityError
-from consortium.protocol.files import private_folder, working_file
+from consortium.protocol.files import MEMORY, private_folder, working_file, written_over
 from consortium.protocol.messages import Header, Instruction, parse
 from consortium.protocol.signing import INSTRUCTION, verify
 from consortium.protocol.study import Study
@@ -89,12 +89,33 @@ class Inbox:
         self._clock, self._max_content = clock, max_content
         self._trust: Trust = home.trust()
         self._bundles: dict[str, Bundle] = {}
+        self._spare: list[
+            BinaryIO
+        ] = []  # at most one; a list, since threads may take from it and add to it at once
         private_folder(home.spool)
 
     @property
     def serial(self) -> int:
         """Of the trust statement that is held."""
         return self._trust.serial
+
+    def reuse(self, file: BinaryIO) -> None:
+        """Write the next large content over this file, which nobody reads any more; for any thread."""
+        if os.fstat(file.fileno()).st_size > MEMORY:
+            self._spare[:] = [file]
+
+    def forget(self) -> None:
+        """Keep no file for the next content; for any thread."""
+        self._spare.clear()
+
+    def room(self, size: int) -> BinaryIO:
+        """A file for a content; it closes by itself. Raises OSError: the disk is full, and the like."""
+        if size > MEMORY:
+            with contextlib.suppress(IndexError):
+                file = self._spare.pop()
+                written_over(file.fileno(), size)
+                return file
+        return os.fdopen(working_file(self._home.spool, size), "w+b", buffering=0)
 
     def refresh_trust(self, connection: Connection) -> None:
         """Get the trust statement of now; one that is older than the one held is refused.
@@ -236,7 +257,7 @@ class Inbox:
         sha, left = hashlib.sha256(), parsed.length
         buffer = memoryview(bytearray(min(wire.CHUNK, left)))
         try:
-            file = os.fdopen(working_file(self._home.spool, left), "w+b", buffering=0)  # it is handed on
+            file = self.room(left)
             while left:
                 # No piece holds the end of the model within it, so that one pass gives both digests.
                 most = min(len(buffer), left, of_model or left)

@@ -10,7 +10,8 @@ A study that brings code is worked on only by a process that was confined (`prot
 approved it without.
 
 When it has loaded these data, it says {"up": true}. Then, for each instruction, {"run", "header": text, "model":
-digest} and a file with the content comes in, and {"header": text} and perhaps a file goes out, or {"error": text} that
+digest} and a file with the content comes in, and {"header": text, "freed": whether nothing of the content is mapped
+here any more} and perhaps a file goes out, or {"error": text} that
 holds no path, no column of the site's own and no record. An answer is durable in `state` before it goes out (it is that
 very file, encrypted under "key"), and the same question gets the same answer without anything being computed.
 """
@@ -26,6 +27,7 @@ import re
 import resource
 import signal
 import socket
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +84,7 @@ def serve(descriptor: int, confine: Callable[[], None]) -> int:
                 worker = worker or _worker(about, trouble)
                 run, asked, model = (str(question[name]) for name in ("run", "header", "model"))
                 header, content = worker.reply(run, asked.encode(), model, files)
-                reply = {"header": header.decode()}
+                reply = {"header": header.decode(), "freed": isinstance(worker, Worker) and worker.freed}
             except ConsortiumError as error:
                 _log.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
                 reply = {"error": _told(str(error).partition("\n")[0], about["source"])}
@@ -178,6 +180,13 @@ class Worker:
         self._net.lends = True  # an update is stored before anything else is computed
         self._site: Site = open_site(self._study, task, strategy.local, self._net, source)
         self._run, self._kept = "", Kept()
+        self._content: weakref.ref[Any] | None = None
+
+    @property
+    def freed(self) -> bool:
+        """Whether nothing refers to the content of the last instruction any more, so that its file may be written
+        over: the study's statistics, for one, are kept as they came with the first."""
+        return self._content is None or self._content() is None
 
     def warm(self) -> None:
         """Load the site's data. Raises as the task's `data`."""
@@ -191,7 +200,9 @@ class Worker:
         model: the digest of the model in the content, as it was found then.
         """
         parsed = parse(header)
-        instruction = assemble(parsed, _mapped(files))
+        content = _mapped(files)
+        self._content = weakref.ref(content.obj) if len(content) else None
+        instruction = assemble(parsed, content)
         if not isinstance(instruction, Instruction) or instruction.run != run:
             raise IntegrityError("the worker was given something else than an instruction of its run")
         store = Store(self._state, run, self._key, self._epoch)

@@ -63,11 +63,13 @@ class Given:
 @dataclass(frozen=True)
 class Answered:
     """An answer, not signed yet: the header of `messages.encode`, and a file that begins with the content. key: what
-    the file is encrypted under, None where it is not."""
+    the file is encrypted under, None where it is not. freed: whether nobody has the instruction's content open any more
+    but who gave it."""
 
     header: bytes
     content: BinaryIO | None = None
     key: DataKey | None = None
+    freed: bool = False
 
     @property
     def size(self) -> int:
@@ -168,7 +170,10 @@ class SiteWork:
                 seconds = given.about.expires - time.time()
                 header, content = process.ask(run, given.header, given.content, given.model, seconds)
                 _released(release, header, content)
-                return Answered(header, content, self._key.of(f"run {run}"))
+                freed = (
+                    given.study.built_in and process.freed
+                )  # other code may keep hold of what it was given
+                return Answered(header, content, self._key.of(f"run {run}"), freed)
             except WorkerDied as error:
                 self._drop(run)
                 if self._halted(run) != halts:

@@ -65,6 +65,9 @@ class WorkerProcess:
         ours, its = socket.socketpair()
         self._connection, self._ending = ours, threading.Lock()
         self.up = False  # whether it has started
+        self.freed = (
+            False  # whether it holds nothing of the last instruction's content, as far as its word counts
+        )
         module = ["consortium.client.worker"]
         if places is not None:
             module = ["consortium.protocol.confined", json.dumps(places), *module]
@@ -121,6 +124,7 @@ class WorkerProcess:
         finally:
             self._end = float("inf")
         local.close(got[1:])
+        self.freed = self._places is None and reply.get("freed") is True
         file = os.fdopen(got[0], "rb", buffering=0) if got else None
         if isinstance(reply.get("header"), str):
             if self._places is not None:
