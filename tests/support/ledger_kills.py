@@ -141,6 +141,7 @@ def campaign(folder: Path, kills: int, seed: int, say: Callable[[str], None] = l
         )
         federation.admin.post(f"/v1/studies/{name}/stop")
         tally = check(federation, name, site)
+        federation.quiet(60)  # what was killed last may still be on its way out
     tally.kills = done
     return tally
 
